@@ -1,0 +1,1 @@
+"""The `lightpress` command: one thin file per verb, joined in `cli.app`."""

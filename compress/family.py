@@ -1,0 +1,307 @@
+"""Strict loader of `families/*.toml`: tensor names by role and the conventions of a family; never sizes."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from compress.errors import UserError
+
+# The axes of every tensor by role; a fused tensor concatenates its parts along the first axis.
+ROLE_AXES: Mapping[str, tuple[str, ...]] = {
+    "embed": ("vocab", "hidden"),
+    "head": ("vocab", "hidden"),
+    "final_norm": ("hidden",),
+    "attn_in": ("hidden",),
+    "attn_out": ("hidden",),
+    "mlp_in": ("hidden",),
+    "mlp_out": ("hidden",),
+    "q": ("query", "hidden"),
+    "k": ("kv", "hidden"),
+    "v": ("kv", "hidden"),
+    "o": ("hidden", "query"),
+    "q_bias": ("query",),
+    "k_bias": ("kv",),
+    "v_bias": ("kv",),
+    "o_bias": ("hidden",),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "gate": ("ffn", "hidden"),
+    "up": ("ffn", "hidden"),
+    "down": ("hidden", "ffn"),
+    "gate_bias": ("ffn",),
+    "up_bias": ("ffn",),
+    "down_bias": ("hidden",),
+}
+NORM_ROLES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+FUSED_ROLES = ("qkv", "gate_up")
+# Left-over buffers of old exports: derived values, safe to leave out.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """Where one role is stored: a name template, an optional config flag, and the roles fused in it."""
+
+    name: str
+    when: str = ""
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KindRule:
+    """A kind of MLP and the layers that have it: `all`, `from` a config key on, or `list` in the config."""
+
+    name: str
+    layers: str = "all"
+    key: str = ""
+    tensors: Mapping[str, TensorRule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NormRule:
+    """`offset` is added to stored norm weights (1 where the file holds w - 1)."""
+
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class ActivationRule:
+    """The config key that names the gate's activation function."""
+
+    key: str = "hidden_act"
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """Score scale (`head_dim`, or a config key), soft-cap key, and the span of qk-norms (`head` or `all`)."""
+
+    scale: str = "head_dim"
+    softcap: str = ""
+    qk_norm: str = ""
+
+
+@dataclass(frozen=True)
+class RopeRule:
+    """Rotary conventions: base, pairing, other base in sliding layers, layers without rotation."""
+
+    theta: float = 10000.0
+    interleaved: bool = False
+    sliding_theta: float = 0.0
+    sliding_theta_key: str = ""
+    list: str = ""
+    interval: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """Sliding windows: size key, enabling key, and which layers (all, from, except_every, without_rope)."""
+
+    size: str = ""
+    enabled: str = ""
+    layers: str = "none"
+    key: str = ""
+    period: int = 0
+
+
+@dataclass(frozen=True)
+class MultiplierRule:
+    """Factors on embeddings and on each branch: a config key, or `sqrt_hidden`."""
+
+    embedding: str = ""
+    residual: str = ""
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """Config keys of the logits' divisor and soft cap."""
+
+    divide: str = ""
+    softcap: str = ""
+
+
+@dataclass(frozen=True)
+class LimitRule:
+    """Shapes that the family's stock configuration class refuses."""
+
+    heads_divide_hidden: bool = False
+    hidden_is_heads_for: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WriteRule:
+    """As which other family a compressed model is written, and when (`always`, `heads_do_not_divide`)."""
+
+    when: str = ""
+    family: str = ""
+    without_biases: bool = False
+    set: Mapping[str, Any] = field(default_factory=dict)
+    copy: Mapping[str, str] = field(default_factory=dict)
+    empty: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything about a family that is not a size."""
+
+    name: str
+    model_types: tuple[str, ...]
+    architecture: str
+    stock: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, TensorRule] = field(default_factory=dict)
+    layer: Mapping[str, TensorRule] = field(default_factory=dict)
+    kinds: tuple[KindRule, ...] = ()
+    feeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    norm: NormRule = field(default_factory=NormRule)
+    activation: ActivationRule = field(default_factory=ActivationRule)
+    attention: AttentionRule = field(default_factory=AttentionRule)
+    rope: RopeRule = field(default_factory=RopeRule)
+    window: WindowRule = field(default_factory=WindowRule)
+    multipliers: MultiplierRule = field(default_factory=MultiplierRule)
+    logits: LogitRule = field(default_factory=LogitRule)
+    limits: LimitRule = field(default_factory=LimitRule)
+    write_as: WriteRule | None = None
+
+
+TABLES: Mapping[str, Any] = {
+    "norm": NormRule,
+    "activation": ActivationRule,
+    "attention": AttentionRule,
+    "rope": RopeRule,
+    "window": WindowRule,
+    "multipliers": MultiplierRule,
+    "logits": LogitRule,
+    "limits": LimitRule,
+    "write_as": WriteRule,
+}
+CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("window", "layers"): ("none", "all", "from", "except_every", "without_rope"),
+    ("attention", "qk_norm"): ("", "head", "all"),
+    ("write_as", "when"): ("always", "heads_do_not_divide"),
+    ("kinds", "layers"): ("all", "from", "list"),
+}
+
+
+def build_table(kind: type[Any], data: Mapping[str, Any], where: str, table: str) -> Any:
+    """Build the dataclass `kind` from a TOML table; an unknown key or a wrong type is an error."""
+    known = {item.name: item for item in fields(kind)}
+    for key, value in data.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}' in [{table}]; known keys: {', '.join(sorted(known))}.")
+        allowed = CHOICES.get((table, key))
+        if allowed and value not in allowed:
+            raise UserError(f"{where}: [{table}] {key} = '{value}' is not one of {', '.join(allowed)}.")
+        check_type(str(known[key].type), value, f"{where}: [{table}] {key}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def check_type(declared: str, value: Any, where: str) -> None:
+    """Raise UserError when a TOML value does not fit the declared field type."""
+    types: dict[str, tuple[type, ...]] = {
+        "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "tuple": (list,), "Mapping": (dict,),
+    }  # fmt: skip
+    wanted = types.get(declared.split("[")[0].split(" ")[0])
+    wrong_bool = isinstance(value, bool) and declared != "bool"
+    if wanted and (not isinstance(value, wanted) or wrong_bool):
+        raise UserError(f"{where} must be a {declared.split('[')[0]}, got {value!r}.")
+
+
+def build_tensors(data: Mapping[str, Any], where: str, table: str) -> dict[str, TensorRule]:
+    """Build role -> TensorRule; an empty string removes an inherited role."""
+    rules = {}
+    for role, value in data.items():
+        if role not in ROLE_AXES and role not in FUSED_ROLES:
+            raise UserError(f"{where}: unknown tensor role '{role}' in [{table}].")
+        if value == "":
+            continue
+        rule = TensorRule(value) if isinstance(value, str) else build_table(TensorRule, value, where, f"{table}.{role}")
+        if (role in FUSED_ROLES) != bool(rule.parts):
+            raise UserError(f"{where}: [{table}] {role} must list its parts exactly when it is a fused tensor.")
+        rules[role] = rule
+    return rules
+
+
+def build_kind(data: Mapping[str, Any], where: str) -> KindRule:
+    """Build one [[kinds]] table."""
+    plain = {key: value for key, value in data.items() if key != "tensors"}
+    rule: KindRule = build_table(KindRule, plain, where, "kinds")
+    return KindRule(rule.name, rule.layers, rule.key, build_tensors(data.get("tensors", {}), where, "kinds.tensors"))
+
+
+def build_family(data: Mapping[str, Any], where: str) -> Family:
+    """Build a Family from merged TOML data; every key must be known."""
+    known = {item.name for item in fields(Family)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise UserError(f"{where}: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}.")
+    missing = {"name", "model_types", "architecture", "model", "layer", "kinds"} - set(data)
+    if missing:
+        raise UserError(f"{where}: missing key '{min(missing)}'.")
+    built: dict[str, Any] = {key: data[key] for key in ("name", "architecture", "stock", "config") if key in data}
+    built |= {key: build_table(kind, data[key], where, key) for key, kind in TABLES.items() if key in data}
+    built["model_types"] = tuple(data["model_types"])
+    built["model"] = build_tensors(data["model"], where, "model")
+    built["layer"] = build_tensors(data["layer"], where, "layer")
+    built["kinds"] = tuple(build_kind(kind, where) for kind in data["kinds"])
+    built["feeds"] = {norm: tuple(readers) for norm, readers in data.get("feeds", {}).items()}
+    return Family(**built)
+
+
+def merge_tables(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `own` over `base`, table by table; lists are replaced whole."""
+    merged = dict(base)
+    for key, value in own.items():
+        inherited = merged.get(key)
+        both = isinstance(value, dict) and isinstance(inherited, dict)
+        merged[key] = merge_tables(inherited, value) if both and inherited else value
+    return merged
+
+
+def read_family_data(name: str) -> dict[str, Any]:
+    """Read one family file with what it inherits through `base`, less the tables it lists in `without`."""
+    source = resources.files("compress") / "families" / f"{name}.toml"
+    own = tomllib.loads(source.read_text(encoding="utf-8"))
+    base = own.pop("base", None)
+    dropped = own.pop("without", [])
+    inherited = read_family_data(base) if base else {}
+    return merge_tables({key: value for key, value in inherited.items() if key not in dropped}, own)
+
+
+@cache
+def load_families() -> dict[str, Family]:
+    """Load every shipped family, by name; raises UserError on an unknown key or two families of one model type."""
+    names = sorted(
+        item.name.removesuffix(".toml")
+        for item in (resources.files("compress") / "families").iterdir()
+        if item.name.endswith(".toml")
+    )
+    families = {name: build_family(read_family_data(name), f"compress/families/{name}.toml") for name in names}
+    seen: dict[str, str] = {}
+    for name, family in families.items():
+        for model_type in family.model_types:
+            if model_type in seen:
+                raise UserError(f"Model type '{model_type}' is claimed by families '{seen[model_type]}' and '{name}'.")
+            seen[model_type] = name
+    return families
+
+
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """Return the family of a config.json by its `model_type`; an unknown one is refused, naming the nearest."""
+    model_type = str(config.get("model_type", ""))
+    known = {kind: family for family in load_families().values() for kind in family.model_types}
+    if model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(model_type.lower(), [kind.lower() for kind in known], n=1, cutoff=0.0)
+    nearest = next(kind for kind in known if kind.lower() == near[0]) if near else "none"
+    raise UserError(
+        f"{where}: model type '{model_type}' is not a family Lightpress knows (nearest: '{nearest}'); known are "
+        f"{', '.join(sorted(known))}; if the tensors are the same, set model_type in a copy of config.json."
+    )
