@@ -65,16 +65,6 @@ def fuse_parts(layer: LayerSpec, weights: Mapping[str, Tensor]) -> Weights:
     }
 
 
-def name_layer(spec: ModelSpec, source: int, target: int, weights: Mapping[str, Tensor]) -> Weights:
-    """Return stored name -> tensor for old layer `source` written as layer `target`."""
-    layer = spec.layers[source]
-    rules = {**spec.family.layer}
-    for kind in spec.family.kinds:
-        if kind.name == layer.shape.kind:
-            rules |= kind.tensors
-    return {rules[role].name.format(layer=target): tensor for role, tensor in fuse_parts(layer, weights).items()}
-
-
 def read_embedding(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype | None = None) -> Tensor:
     """Read the whole embedding matrix `[vocab, hidden]`."""
     return checkpoint.read_one(spec.names["embed"], dtype)
@@ -93,3 +83,8 @@ def read_head(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> We
         "final_norm": checkpoint.read_one(spec.names["final_norm"], dtype),
         "head": checkpoint.read_one(spec.names["head"], dtype),
     }
+
+
+def read_norm(checkpoint: Checkpoint, spec: ModelSpec, role: str) -> Tensor:
+    """Read a norm outside the layers as float32 `[hidden]`."""
+    return checkpoint.read_one(spec.names[role], torch.float32)

@@ -1,0 +1,80 @@
+"""The residual stream of all calibration windows: in memory, or in a memory-mapped file above a bound."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class HiddenStore:
+    """Float32 values `[windows, length, width]`; use in a `with` block, which removes the file it may hold."""
+
+    def __init__(self, windows: int, length: int, width: int, spill_bytes: int = 2**30) -> None:
+        """Allocate memory, or a file in the temporary folder when more than `spill_bytes` are needed."""
+        self.shape = (windows, length, width)
+        size = 4 * windows * length * width
+        self._path: Path | None = None
+        self._map: mmap.mmap | None = None
+        if size <= spill_bytes:
+            self._flat = torch.empty(size // 4)
+            return
+        handle, name = tempfile.mkstemp(prefix="lightpress-", suffix=".stream")
+        self._path = Path(name)
+        os.truncate(handle, size)
+        self._map = mmap.mmap(handle, size)
+        os.close(handle)
+        self._flat = torch.frombuffer(self._map, dtype=torch.float32)
+
+    @property
+    def spilled(self) -> bool:
+        """True when the values live in a file."""
+        return self._path is not None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return a copy of windows `start:stop`."""
+        values = self._values()[start:stop].clone()
+        self._release()
+        return values
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Replace the windows from `start` on."""
+        self._values()[start : start + len(values)] = values
+        self._release()
+
+    def resize(self, width: int) -> None:
+        """Reuse the allocation for another width, at most the first one; the contents are undefined afterwards."""
+        self.shape = (*self.shape[:2], width)
+
+    def _values(self) -> Tensor:
+        windows, length, width = self.shape
+        return self._flat[: windows * length * width].view(self.shape)
+
+    def _release(self) -> None:
+        # Mapped pages count as resident until they are let go; the page cache still holds them.
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def __enter__(self) -> HiddenStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flat = torch.empty(0)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+
+def batches(windows: int, length: int, tokens: int = 2048) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of groups of windows with about `tokens` tokens each."""
+    step = max(1, tokens // length)
+    for start in range(0, windows, step):
+        yield start, min(start + step, windows)

@@ -1,0 +1,161 @@
+"""The order of the stages: check, calibrate, plan, rebuild, write; importable without the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibrate import ATTENTION, MLP, NORMS, LayerStats, fill_embeddings, observe_final, stream_dense
+from compress.checkpoint import Checkpoint
+from compress.checkpoint_writer import CheckpointWriter
+from compress.decoder import compute_logits
+from compress.hidden import HiddenStore
+from compress.importance.findings import Findings, collect_findings, reduce_all
+from compress.plan import Plan, keep_everything, make_plan, plan_shape
+from compress.recipe import Recipe
+from compress.spec import ModelSpec, resolve_model, write_config
+from compress.surgery.rebuild import Rebuild, Streams, rebuild_layers
+from compress.surgery.width import fold_embedding_scale, slice_weights
+from compress.text import Windows
+from compress.weights import fuse_parts
+
+Progress = Callable[[str, int, int], None]
+NEEDS = frozenset({ATTENTION, MLP, NORMS})
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compression leaves in memory: the plan, the new model's description, a sample to compare with."""
+
+    plan: Plan
+    spec: ModelSpec
+    sample_ids: Tensor
+    sample_logits: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def find_units(
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, progress: Progress = ignore_progress
+) -> Findings:
+    """Run pass 1 on the dense model and return its findings; uses at most `recipe.score_tokens` tokens."""
+    used = windows.take(max(1, recipe.score_tokens // windows.ids.shape[1]))
+    with HiddenStore(*used.ids.shape, spec.shape.hidden, recipe.spill_bytes) as store:
+        layers = stream_dense(checkpoint, spec, used, store, NEEDS)
+        found, sums = reduce_all(spec, watch(layers, "calibrate", len(spec.layers), progress), recipe.score)
+        final = observe_final(checkpoint, spec, store)
+    sums.add([final])
+    return collect_findings(found, sums)
+
+
+def watch(layers: Iterator[LayerStats], stage: str, total: int, progress: Progress) -> Iterator[LayerStats]:
+    """Pass items through, reporting each."""
+    progress(stage, 0, total)
+    for done, layer in enumerate(layers, 1):
+        yield layer
+        progress(stage, done, total)
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, writer: CheckpointWriter,
+    plan: Plan, progress: Progress = ignore_progress,
+) -> Result:  # fmt: skip  # noqa: PLR0913
+    """Write the model that `plan` makes of `checkpoint` through `writer` (which the caller finishes)."""
+    started = time.perf_counter()
+    new = resolve_model(write_config(spec, plan_shape(plan, spec.shape), plan.kept_layers), None)
+    dtype = storage_dtype(checkpoint, spec)
+    with ExitStack() as stack:
+        streams = open_streams(stack, spec, new, windows, recipe)
+        ends = cut_ends(checkpoint, spec, new, plan, dtype)
+        start_streams(checkpoint, spec, windows, streams, plan)
+        write_ends(writer, new, ends)
+        untouched = plan == keep_everything(spec.shape)
+        job = Rebuild(checkpoint, spec, new, plan, recipe.repair == "lstsq" and not untouched, dtype)
+        progress("rebuild", 0, len(new.layers))
+        for place, weights in enumerate(rebuild_layers(job, streams)):
+            for role, tensor in fuse_parts(new.layers[place], weights).items():
+                writer.add(new.layers[place].names[role], tensor)
+            progress("rebuild", place + 1, len(new.layers))
+        ids = windows.ids[: min(2, len(windows.ids))]
+        floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
+        logits = compute_logits(new, {"head": floats["embed"], **floats}, streams.pruned.read(0, len(ids)))
+    return Result(plan, new, ids, logits, {"rebuild": time.perf_counter() - started})
+
+
+def open_streams(stack: ExitStack, old: ModelSpec, new: ModelSpec, windows: Windows, recipe: Recipe) -> Streams:
+    """Allocate both streams and the room for a projection's inputs."""
+    count, length = windows.ids.shape
+    widest = max(max(layer.shape.query, layer.shape.ffn) for layer in new.layers)
+    stores = [
+        stack.enter_context(HiddenStore(count, length, width, recipe.spill_bytes))
+        for width in (old.shape.hidden, new.shape.hidden, widest)
+    ]
+    return Streams(*stores, torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1))
+
+
+def start_streams(
+    checkpoint: Checkpoint, old: ModelSpec, windows: Windows, streams: Streams, plan: Plan
+) -> None:
+    """Fill both streams with the embeddings; the pruned one has the kept channels."""
+    fill_embeddings(checkpoint, old, windows, streams.dense)
+    hidden = torch.tensor(plan.hidden)
+    for start, stop in streams.spans():
+        streams.pruned.write(start, streams.dense.read(start, stop)[..., hidden])
+
+
+def cut_ends(
+    checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return embedding, final norm and (untied) head cut to the kept channels, in the storage type."""
+    roles = ["embed", "final_norm"] + ([] if old.shape.tied else ["head"])
+    ends = {role: checkpoint.read_one(old.names[role]) for role in roles}
+    if new.shape.hidden == old.shape.hidden:
+        return ends
+    kept = {"hidden": torch.tensor(plan.hidden)}
+    floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
+    cut = fold_embedding_scale(old, new, slice_weights(old, floats, kept))
+    return {role: tensor.to(dtype) for role, tensor in cut.items()}
+
+
+def write_ends(writer: CheckpointWriter, new: ModelSpec, ends: dict[str, Tensor]) -> None:
+    """Write the tensors outside the layers."""
+    for role, tensor in ends.items():
+        writer.add(new.names[role], tensor)
+
+
+def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:
+    """Return the type that the checkpoint stores its projections in."""
+    return checkpoint.tensors[spec.layers[0].names["down"]].dtype
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, progress: Progress = ignore_progress
+) -> Plan:
+    """Run pass 1 and return the plan (keeping everything needs no pass)."""
+    if recipe.keep == 1:
+        return keep_everything(spec.shape)
+    return make_plan(spec, find_units(checkpoint, spec, windows, recipe, progress), recipe)
+
+
+def describe_run(recipe: Recipe, windows: Windows) -> dict[str, Any]:
+    """Return the part of the manifest that says what was asked for."""
+    return {"recipe": {**recipe.__dict__, "axes": list(recipe.axes)}, "text": windows.source, "tokens": windows.tokens}
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write a plan file, in one rename."""
+    import json  # noqa: PLC0415
+
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,210 @@
+"""The plan: which layers, groups and channels stay, decided from damage curves under a budget, before any surgery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UserError
+from compress.importance.findings import Findings
+from compress.recipe import Recipe
+from compress.shapes import LayerShape, ModelShape
+from compress.spec import ModelSpec, find_writer
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One kept layer: its index in the dense model and what stays of it."""
+
+    layer: int
+    kv_groups: tuple[int, ...]
+    ffn: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept indices of every axis; `notes` holds predictions and provenance, which reading ignores."""
+
+    hidden: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+    notes: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices of the kept layers in the dense model."""
+        return tuple(layer.layer for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        rows = [{"layer": x.layer, "kv_groups": list(x.kv_groups), "ffn": list(x.ffn)} for x in self.layers]
+        return {"version": VERSION, **self.notes, "hidden": list(self.hidden), "layers": rows}
+
+
+def plan_shape(plan: Plan, shape: ModelShape) -> ModelShape:
+    """Return the shape that a plan makes of a dense shape."""
+    layers = tuple(shape.layers[x.layer].resize(len(x.kv_groups), len(x.ffn)) for x in plan.layers)
+    return replace(shape, hidden=len(plan.hidden), layers=layers)
+
+
+def keep_everything(shape: ModelShape) -> Plan:
+    """Return the plan that removes nothing."""
+    layers = tuple(LayerPlan(i, tuple(range(x.kv_heads)), tuple(range(x.ffn))) for i, x in enumerate(shape.layers))
+    return Plan(tuple(range(shape.hidden)), layers)
+
+
+def read_plan(path: Path, shape: ModelShape) -> Plan:
+    """Read a (possibly edited) plan file; raises UserError naming the first entry that does not fit the model."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such plan file; make one with `lightpress plan CKPT -o {path}`.") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: is not a readable plan file ({error}).") from error
+    if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("layers"), list):
+        raise UserError(f"{path}: is not a plan of version {VERSION}; make one with `lightpress plan`.")
+    hidden = check_indices(data.get("hidden"), shape.hidden, f"{path}: hidden")
+    places = [row.get("layer") if isinstance(row, dict) else None for row in data["layers"]]
+    check_indices(places, len(shape.layers), f"{path}: layers")
+    layers = tuple(read_layer_plan(row, shape.layers[row["layer"]], path) for row in data["layers"])
+    notes = {key: value for key, value in data.items() if key not in ("version", "hidden", "layers")}
+    return Plan(hidden, layers, notes)
+
+
+def read_layer_plan(row: dict[str, Any], layer: LayerShape, path: Path) -> LayerPlan:
+    """Read the entry of one layer."""
+    where = f"{path}: layer {row['layer']}"
+    groups = check_indices(row.get("kv_groups"), layer.kv_heads, f"{where} kv_groups")
+    return LayerPlan(row["layer"], groups, check_indices(row.get("ffn"), layer.ffn, f"{where} ffn"))
+
+
+def check_indices(values: Any, size: int, where: str) -> tuple[int, ...]:
+    """Return a list of rising indices below `size`; raises UserError otherwise."""
+    if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+        raise UserError(f"{where} must be a list of at least one whole number.")
+    if sorted(set(values)) != values or values[0] < 0 or values[-1] >= size:
+        raise UserError(f"{where} must be rising numbers from 0 to {size - 1}, each at most once.")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A uniform shape: layers dropped, KV groups, hidden width and FFN channels that stay."""
+
+    dropped: int
+    groups: int
+    hidden: int
+    ffn: int
+
+
+def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
+    """Choose the uniform shape of least predicted damage within the budget, then the units that stay.
+
+    Raises UserError when no shape on the grid fits the budget.
+    """
+    if recipe.keep == 1:
+        return keep_everything(spec.shape)
+    budget = int(recipe.keep * spec.shape.layer_parameters)
+    best: tuple[float, Candidate] | None = None
+    for candidate in list_candidates(spec, findings, recipe, budget):
+        damage = predict_damage(findings, candidate)
+        if best is None or damage < best[0]:
+            best = (damage, candidate)
+    if best is None:
+        raise UserError(
+            f"--keep {recipe.keep:g} cannot be met with axes {','.join(recipe.axes)} and multiples of "
+            f"{step_size(spec, recipe)}; allow more axes, a smaller --multiple, or keep more."
+        )
+    return fill_plan(spec, findings, best[1], best[0])
+
+
+def step_size(spec: ModelSpec, recipe: Recipe) -> int:
+    """Return the multiple that channel counts keep to."""
+    return recipe.multiple or min(16, spec.shape.layers[0].head_dim)
+
+
+def list_candidates(spec: ModelSpec, findings: Findings, recipe: Recipe, budget: int) -> list[Candidate]:
+    """List shapes on the grid that fit the budget, each with as many FFN channels as it allows."""
+    shape, step = spec.shape, step_size(spec, recipe)
+    groups = min(layer.kv_heads for layer in shape.layers)
+    drops = range(len(findings.drop_order) + 1) if "layers" in recipe.axes else range(1)
+    group_counts = range(groups, 0, -1) if "kv" in recipe.axes else (groups,)
+    pinned = max(len(findings.pinned), step)
+    widths = grid(shape.hidden, step, pinned) if "hidden" in recipe.axes else (shape.hidden,)
+    found = []
+    for dropped in drops:
+        kept = [i for i in range(len(shape.layers)) if i not in findings.drop_order[:dropped]]
+        for count in group_counts:
+            for width in widths:
+                sized = replace(shape.keep_layers(kept), hidden=width)
+                ffn = fit_ffn(sized, count, step if "ffn" in recipe.axes else 0, budget)
+                if ffn and writable(spec, sized, count, ffn):
+                    found.append(Candidate(dropped, count, width, ffn))
+    return found
+
+
+def grid(size: int, step: int, least: int) -> tuple[int, ...]:
+    """Return `size` and the multiples of `step` below it, down to `least`."""
+    return (size, *range((size - 1) // step * step, least - 1, -step))
+
+
+def fit_ffn(shape: ModelShape, groups: int, step: int, budget: int) -> int:
+    """Return the most FFN channels that fit the budget (all or none when `step` is 0); 0 when nothing fits."""
+    full = min(layer.ffn for layer in shape.layers)
+    bare = replace(shape, layers=tuple(layer.resize(groups, 0) for layer in shape.layers))
+    each = replace(shape, layers=tuple(layer.resize(groups, 1) for layer in shape.layers))
+    per_channel = each.layer_parameters - bare.layer_parameters
+    fitting = (budget - bare.layer_parameters) // per_channel
+    if fitting >= full:
+        return full
+    return max(fitting // step * step, 0) if step else 0
+
+
+def writable(spec: ModelSpec, shape: ModelShape, groups: int, ffn: int) -> bool:
+    """Tell whether some stock configuration class accepts the shape."""
+    sized = replace(shape, layers=tuple(layer.resize(groups, ffn) for layer in shape.layers))
+    return find_writer(spec, sized) is not None
+
+
+def predict_damage(findings: Findings, candidate: Candidate) -> float:
+    """Return the predicted damage: stream error per stream energy, summed over all cuts."""
+    gone = set(findings.drop_order[: candidate.dropped])
+    damage = findings.hidden_damage(candidate.hidden)
+    for layer in findings.layers:
+        if layer.index in gone:
+            damage += layer.drop_damage
+        else:
+            damage += layer.unit_damage(candidate.groups, candidate.ffn)
+    return damage
+
+
+def fill_plan(spec: ModelSpec, findings: Findings, chosen: Candidate, damage: float) -> Plan:
+    """Pick the units of a chosen shape by their rankings."""
+    gone = set(findings.drop_order[: chosen.dropped])
+    layers = tuple(
+        LayerPlan(layer.index, layer.kv.keep(chosen.groups), layer.ffn.keep(chosen.ffn))
+        for layer in findings.layers
+        if layer.index not in gone
+    )
+    plan = Plan(findings.keep_hidden(chosen.hidden), layers)
+    shape = plan_shape(plan, spec.shape)
+    notes = {
+        "dense_parameters": spec.shape.parameters,
+        "parameters": shape.parameters,
+        "kept_fraction": shape.layer_parameters / spec.shape.layer_parameters,
+        "predicted_damage": damage,
+        "dropped_layers": sorted(gone),
+        "pinned_channels": list(findings.pinned),
+        "calibration_tokens": findings.tokens,
+        "skipped_sink_tokens": findings.sinks,
+    }
+    return replace(plan, notes=notes)
+
+
+def describe_counts(values: Sequence[int]) -> str:
+    """Return '3' or '2-4' for a list of counts."""
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"

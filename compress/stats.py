@@ -1,0 +1,141 @@
+"""Mergeable moments: sums over tokens from which scores, damage curves and repairs follow exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of one float32 product; sums across products are float64, so that rounding does not grow with the text.
+CHUNK = 2048
+
+
+@dataclass
+class Moments:
+    """Gram matrix `[n, n]`, sums `[n]` and count of inputs x, and cross products `[n, m]` with targets y, in float64."""
+
+    gram: Tensor
+    total: Tensor
+    cross: Tensor
+    target_total: Tensor
+    target_square: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, inputs: int, targets: int = 0) -> Moments:
+        """Start with no tokens."""
+        zeros = torch.zeros
+        exact = torch.float64
+        return cls(
+            zeros(inputs, inputs, dtype=exact), zeros(inputs, dtype=exact),
+            zeros(inputs, targets, dtype=exact), zeros(targets, dtype=exact),
+        )  # fmt: skip
+
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add tokens: `x` `[tokens, n]`, optionally targets `y` `[tokens, m]`."""
+        targets = [None] * len(x) if y is None else list(y.split(CHUNK))
+        for rows, wanted in zip(x.split(CHUNK), targets, strict=False):
+            add_gram(self.gram, rows)
+            self.total += rows.sum(0, dtype=torch.float64)
+            self.count += len(rows)
+            if wanted is not None:
+                self.cross += rows.T @ wanted
+                self.target_total += wanted.sum(0, dtype=torch.float64)
+                self.target_square += float(wanted.pow(2).sum(dtype=torch.float64))
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both token sets together."""
+        return Moments(
+            self.gram + other.gram, self.total + other.total, self.cross + other.cross,
+            self.target_total + other.target_total, self.target_square + other.target_square, self.count + other.count,
+        )  # fmt: skip
+
+    def select(self, kept: Tensor) -> Moments:
+        """Return the moments of the inputs `kept` only."""
+        gram = self.gram[kept][:, kept]
+        return Moments(gram, self.total[kept], self.cross[kept], self.target_total, self.target_square, self.count)
+
+
+def add_gram(gram: Tensor, rows: Tensor, block: int = 1024) -> None:
+    """Add rows^T rows to `gram` in place, computing only the upper blocks and mirroring them."""
+    size = rows.shape[1]
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        product = rows[:, start:stop].T @ rows[:, start:]
+        gram[start:stop, start:] += product
+        if stop < size:
+            gram[stop:, start:stop] += product[:, stop - start :].T
+
+
+@dataclass
+class ChannelSums:
+    """Per-channel sums over tokens of |x| and x^2, `[n]` in float64 (importance of hidden channels)."""
+
+    absolute: Tensor
+    square: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, channels: int) -> ChannelSums:
+        """Start with no tokens."""
+        return cls(torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens `[tokens, n]`."""
+        self.absolute += x.abs().sum(0, dtype=torch.float64)
+        self.square += x.pow(2).sum(0, dtype=torch.float64)
+        self.count += len(x)
+
+    def merge(self, other: ChannelSums) -> ChannelSums:
+        """Return the sums of both token sets together."""
+        return ChannelSums(self.absolute + other.absolute, self.square + other.square, self.count + other.count)
+
+
+@dataclass
+class BlockSums:
+    """What a block does to the stream: sums of cosine(in, out), |in|^2, |out|^2 and |out - in|^2 over tokens."""
+
+    cosine: float = 0.0
+    square_in: float = 0.0
+    square_out: float = 0.0
+    change: float = 0.0
+    count: int = 0
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Add tokens `[tokens, hidden]` before and after the block."""
+        self.cosine += float(torch.cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
+        self.square_in += float(before.pow(2).sum(dtype=torch.float64))
+        self.square_out += float(after.pow(2).sum(dtype=torch.float64))
+        self.change += float((after - before).pow(2).sum(dtype=torch.float64))
+        self.count += len(before)
+
+    def merge(self, other: BlockSums) -> BlockSums:
+        """Return the sums of both token sets together."""
+        return BlockSums(
+            self.cosine + other.cosine, self.square_in + other.square_in, self.square_out + other.square_out,
+            self.change + other.change, self.count + other.count,
+        )  # fmt: skip
+
+    @property
+    def influence(self) -> float:
+        """Block influence: 1 - mean cosine of the stream before and after (ShortGPT; methods 8.2)."""
+        return 1.0 - self.cosine / max(self.count, 1)
+
+
+SINK_RATIO = 100.0
+
+
+def ordinary_tokens(x: Tensor, skip_first: bool = True) -> tuple[Tensor, int]:
+    """Return a mask `[batch, sequence]` of tokens that statistics count, and how many sinks were left out.
+
+    The first token and tokens with max |x| / median |x| above 100 are attention sinks (arXiv 2410.13835;
+    methods 7.4): they would dominate every sum.
+    """
+    size = x.abs()
+    sinks = size.amax(-1) > SINK_RATIO * size.median(-1).values
+    mask = ~sinks
+    if skip_first and x.shape[1] > 1:
+        mask[:, 0] = False
+        sinks = sinks[:, 1:]
+    return mask, int(sinks.sum())

@@ -1,0 +1,1 @@
+"""Cutting a model: widths, depth and norms."""
