@@ -1,0 +1,180 @@
+"""Export a checkpoint as an ONNX graph with a key/value cache, straight from its tensors, one layer at a time.
+
+Nothing is traced: the graph is written from the same description that `compress.decoder` runs. All weights go to
+`model.onnx.data` (external data), so that a graph never meets protobuf's 2 GiB limit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from onnx import TensorProto
+
+from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GraphBuilder
+from backends.onnx_layers import emit_capped, emit_frame, emit_layer, emit_norm, emit_scaled, store_layer
+from compress.checkpoint import Checkpoint
+from compress.checkpoint_writer import check_space
+from compress.errors import UserError
+from compress.spec import ModelSpec
+from compress.weights import read_layer, read_spec
+
+GRAPH_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+GRAPH_ROOM = 64 * 2**20  # bytes, more than the graph and the tokenizer files of any model take
+Progress = Callable[[int, int], None]
+PAST = "past_sequence"
+TOTAL = "past_sequence + sequence"
+
+
+def export_onnx(
+    checkpoint: Checkpoint, folder: Path, progress: Progress | None = None, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write model.onnx, model.onnx.data and the tokenizer files into `folder` and return the graph's path.
+
+    Inputs: input_ids, position_ids `[batch, sequence]`, attention_mask `[batch, past + sequence]` (int64), and per
+    layer past_key_values.N.key/.value `[batch, kv_heads, past, head_dim]`; outputs: logits `[batch, sequence, vocab]`
+    and present.N.key/.value. `progress` gets layers written and all layers. `dtype` is float32, or float64 for proofs.
+    Raises UserError when the checkpoint does not fit its config, or the folder cannot be written.
+    """
+    if dtype not in ELEMENT_TYPES:
+        raise UserError(f"An ONNX graph of {dtype} is not supported; export it as torch.float32.")
+    spec = read_spec(checkpoint)
+    check_space(folder, spec.shape.parameters * dtype.itemsize + GRAPH_ROOM)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FolderWriter(folder) as writer:
+            write_model(writer, checkpoint, spec, progress, dtype)
+        for file in checkpoint.side_files():
+            shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{folder} cannot be written ({reason}); choose another output folder.") from error
+    return folder / GRAPH_NAME
+
+
+class FolderWriter:
+    """Graph and data file under temporary names, which take their places when the block ends well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The same names in every run, so that the next one overwrites what a killed one left.
+        self.graph = folder / f".{GRAPH_NAME}.part"
+        self.data_path = folder / f".{DATA_NAME}.part"
+
+    def __enter__(self) -> FolderWriter:
+        """Open the data file."""
+        self.data = self.data_path.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Put both files in place, or remove them after an error."""
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            with suppress(OSError):  # closing flushes, which fails again on a full disk
+                self.data.close()
+            self.graph.unlink(missing_ok=True)
+            self.data_path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        self.data.flush()
+        os.fsync(self.data.fileno())
+        # An old graph must not survive a crash between the two renames: it would read the new data file.
+        (self.folder / GRAPH_NAME).unlink(missing_ok=True)
+        self.data_path.rename(self.folder / DATA_NAME)
+        self.graph.rename(self.folder / GRAPH_NAME)
+        sync_folder(self.folder)
+
+    def write_graph(self, serialized: bytes) -> None:
+        """Write the graph under its temporary name."""
+        with self.graph.open("wb") as stream:
+            stream.write(serialized)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_model(
+    writer: FolderWriter, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress | None, dtype: torch.dtype
+) -> None:
+    """Stream the weights into the data file while the graph grows, then write the graph."""
+    graph = GraphBuilder(writer.data, DATA_NAME, dtype)
+    declare_interface(graph, spec)
+    frame = emit_frame(graph, spec)
+    embedding = store_matrix(graph, checkpoint, spec.names["embed"], "embed.weight")
+    value = emit_embedding(graph, spec, embedding)
+    for index in range(len(spec.layers)):
+        names = store_layer(graph, spec, f"layers.{index}", read_layer(checkpoint, spec, index, dtype))
+        value = emit_layer(graph, spec, index, names, value, frame)
+        if progress is not None:
+            progress(index + 1, len(spec.layers))
+    head = embedding if shares_matrix(spec) else store_matrix(graph, checkpoint, spec.names["head"], "head.weight")
+    norm = checkpoint.read_one(spec.names["final_norm"], dtype) + spec.norm_offset
+    emit_logits(graph, spec, value, graph.store("final_norm.weight", norm), head)
+    writer.write_graph(graph.build_model("lightpress").SerializeToString(deterministic=True))
+
+
+def shares_matrix(spec: ModelSpec) -> bool:
+    """Tell whether embedding and head are one matrix, under whatever names the checkpoint stores it."""
+    return spec.shape.tied or spec.names["embed"] == spec.names["head"]
+
+
+def declare_interface(graph: GraphBuilder, spec: ModelSpec) -> None:
+    """Declare the graph's inputs and outputs, in the order that runtimes expect."""
+    graph.add_input("input_ids", ("batch", "sequence"), TensorProto.INT64)
+    graph.add_input("attention_mask", ("batch", TOTAL), TensorProto.INT64)
+    graph.add_input("position_ids", ("batch", "sequence"), TensorProto.INT64)
+    graph.add_output("logits", ("batch", "sequence", spec.shape.vocab))
+    for index, layer in enumerate(spec.shape.layers):
+        for part in ("key", "value"):
+            graph.add_input(f"past_key_values.{index}.{part}", ("batch", layer.kv_heads, PAST, layer.head_dim))
+            graph.add_output(f"present.{index}.{part}", ("batch", layer.kv_heads, TOTAL, layer.head_dim))
+
+
+def store_matrix(graph: GraphBuilder, checkpoint: Checkpoint, stored: str, name: str) -> str:
+    """Copy a matrix `[vocab, hidden]` into the data file as it lies, a block of rows in memory."""
+    rows, width = checkpoint.tensors[stored].shape
+    return graph.store_blocks(name, (rows, width), read_blocks(checkpoint, stored, graph.dtype))
+
+
+def read_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield a stored matrix as blocks of its rows."""
+    rows, width = checkpoint.tensors[name].shape
+    step = max(BLOCK_BYTES // (width * dtype.itemsize), 1)
+    for start in range(0, rows, step):
+        yield checkpoint.read_slice(name, start, min(start + step, rows), dtype)
+
+
+def emit_embedding(graph: GraphBuilder, spec: ModelSpec, matrix: str) -> str:
+    """Append the scaled embeddings `[batch, sequence, hidden]`."""
+    graph.scope = "embed"
+    return emit_scaled(graph, graph.add("Gather", matrix, "input_ids"), spec.embedding_multiplier)
+
+
+def emit_logits(graph: GraphBuilder, spec: ModelSpec, value: str, norm: str, matrix: str) -> None:
+    """Append the final norm and the output head.
+
+    The matrix stays `[vocab, hidden]`, so that a tied model stores it once and an untied one is never transposed in
+    memory here. Runtimes fold the Transpose of a constant when they open the graph. (A Gemm with transB was as fast to
+    decode but needs two Reshapes, and the one that makes the logits copies them: 8 % of a prefill.)
+    """
+    graph.scope = "head"
+    normed = emit_norm(graph, value, norm, spec.eps)
+    capped = spec.logit_divisor != 1.0 or spec.logit_softcap is not None
+    rows = graph.add("MatMul", normed, graph.add("Transpose", matrix, perm=[1, 0]), output="" if capped else "logits")
+    if capped:
+        emit_capped(graph, rows, 1.0 / spec.logit_divisor, spec.logit_softcap, output="logits")

@@ -1,0 +1,165 @@
+"""Run an exported ONNX folder on ONNX Runtime's CPU provider: prefill, cached decode, greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # its stubs are a package of their own
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from backends.runtime import Ids, Logits, Speed, generate_greedily, measure, measure_pair
+from compress.errors import UserError
+
+__all__ = ["OrtCache", "OrtModel", "Speed", "measure", "measure_pair", "open_onnx"]
+
+GRAPH_NAME = "model.onnx"
+QUIET = 4  # onnxruntime's log level "fatal": what it would log, it also raises
+PAST_PREFIX = "past_key_values."
+REFUSALS = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+    RuntimeError,
+)
+FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class OrtCache:
+    """Keys and values as onnxruntime's own tensors, never copied to numpy, and the mask `[batch, total]` so far."""
+
+    values: tuple[Any, ...]
+    mask: Ids
+
+
+@dataclass(frozen=True)
+class OrtModel:
+    """An open ONNX folder: the session, and the name, element type and sizes of each past tensor."""
+
+    folder: Path
+    session: Any
+    past: tuple[tuple[str, Any, tuple[int, int]], ...]
+
+    @property
+    def vocab(self) -> int:
+        """Number of token ids."""
+        return int(self.session.get_outputs()[0].shape[-1])
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, OrtCache]:
+        """Run prompts `[batch, sequence]`; `mask` is 0 where a row is padded on the left.
+
+        Returns logits `[batch, sequence, vocab]` (arbitrary but finite at padded places) and the cache.
+        """
+        empty = tuple(
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((len(ids), heads, 0, size), dtype))
+            for _, dtype, (heads, size) in self.past
+        )
+        return self._run(ids, empty, np.ones_like(ids) if mask is None else mask)
+
+    def decode(self, ids: Ids, cache: OrtCache) -> tuple[Logits, OrtCache]:
+        """Run further tokens `[batch, new]` after a cache, which stays valid; return logits and the longer cache."""
+        return self._run(ids, cache.values, np.concatenate([cache.mask, np.ones_like(ids)], 1))
+
+    def generate(self, ids: Ids | Sequence[int], count: int, stop: Collection[int] = frozenset()) -> list[int]:
+        """Return up to `count` greedy new ids after one prompt; a stop id is the last one returned."""
+        return generate_greedily(self, ids, count, stop)
+
+    def _run(self, ids: Ids, past: tuple[Any, ...], mask: Ids) -> tuple[Logits, OrtCache]:
+        # Padding takes no position: the first real token has position 0.
+        positions = np.maximum(np.cumsum(mask, 1)[:, -ids.shape[1] :] - 1, 0)
+        whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype=np.int64))
+            for name, value in whole.items()
+        }
+        feeds |= {name: value for (name, _, _), value in zip(self.past, past, strict=True)}
+        logits, *present = self.session.run_with_ort_values(None, feeds)
+        return logits.numpy(), OrtCache(tuple(present), mask)
+
+
+def open_onnx(folder: Path, threads: int | None = None) -> OrtModel:
+    """Open `folder`/model.onnx on the CPU with that many threads (None: onnxruntime's choice).
+
+    Raises UserError when the graph or its external data is missing or cut short, or onnxruntime refuses it.
+    """
+    path = folder / GRAPH_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} has no {GRAPH_NAME}; export the checkpoint into it first.")
+    graph = read_graph(path)
+    check_external_data(path, graph)
+    options = make_options(graph, threads)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except REFUSALS as error:
+        raise UserError(f"ONNX Runtime refuses {path} ({first_line(error)}); export it again.") from error
+    return OrtModel(folder, session, describe_past(path, session))
+
+
+def read_graph(path: Path) -> onnx.GraphProto:
+    """Parse a graph without its external data; UserError when it cannot be parsed."""
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except DecodeError as error:
+        raise UserError(f"{path} is not an ONNX graph or is cut short; export it again.") from error
+
+
+def make_options(graph: onnx.GraphProto, threads: int | None) -> Any:
+    """Return session options: quiet, and exact where the graph computes in float64."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    if any(value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for value in graph.input):
+        # Seen in onnxruntime 1.31: its fused norm takes epsilon from a float32 constant only, and for a float64 one
+        # silently puts 1e-5 in its place.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def check_external_data(path: Path, graph: onnx.GraphProto) -> None:
+    """Raise UserError when an external data file of the graph is missing or too short."""
+    needed: dict[str, int] = {}
+    for tensor in graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if "location" in where:
+            end = int(where.get("offset", 0)) + int(where.get("length", 0))
+            needed[where["location"]] = max(end, needed.get(where["location"], 0))
+    for location, size in needed.items():
+        check_size(path.parent / location, size)
+
+
+def check_size(file: Path, needed: int) -> None:
+    """Raise UserError when a data file is missing or shorter than `needed` bytes."""
+    if not file.is_file():
+        raise UserError(f"The weights {file} are missing beside {GRAPH_NAME}; copy them there or export again.")
+    size = file.stat().st_size
+    if size < needed:
+        raise UserError(f"The weights {file} are cut short ({size} of {needed} bytes); copy or export them again.")
+
+
+def describe_past(path: Path, session: Any) -> tuple[tuple[str, Any, tuple[int, int]], ...]:
+    """Return name, element type and (heads, head size) of the past inputs, in the order of the present outputs."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = [value.name for value in session.get_outputs()]
+    names = [f"{PAST_PREFIX}{name.removeprefix('present.')}" for name in outputs[1:]]
+    expected = {"input_ids", "attention_mask", "position_ids", *names}
+    if outputs[0] != "logits" or set(inputs) != expected:
+        raise UserError(f"{path} has other inputs or outputs than Lightpress exports; export the checkpoint again.")
+    shapes = [(name, FLOATS[inputs[name].type], inputs[name].shape) for name in names]
+    return tuple((name, dtype, (int(shape[1]), int(shape[3]))) for name, dtype, shape in shapes)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without a closing full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
