@@ -50,9 +50,11 @@ def stream_logits(checkpoint: Checkpoint, spec: ModelSpec, store: HiddenStore) -
         yield compute_logits(spec, ends, store.read(place, place + 1)[0, :-1])
 
 
-def measure_quality(checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, progress: Progress | None = None) -> Quality:
+def measure_quality(
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, progress: Progress | None = None
+) -> Quality:
     """Return the perplexity of one model on the windows."""
-    with HiddenStore(*windows.ids.shape, spec.shape.hidden) as store:
+    with HiddenStore((*windows.ids.shape, spec.shape.hidden)) as store:
         fill_hidden(checkpoint, spec, windows, store, progress)
         losses = [
             float(F.cross_entropy(logits, ids[1:], reduction="sum"))
@@ -67,8 +69,8 @@ def compare_quality(
     progress: Progress | None = None,
 ) -> tuple[Quality, Quality]:  # fmt: skip
     """Return the quality of both models on the same windows, the second with agreement and KL(dense || other)."""
-    shape = windows.ids.shape
-    with HiddenStore(*shape, dense[1].shape.hidden) as one, HiddenStore(*shape, other[1].shape.hidden) as two:
+    shapes = [(*windows.ids.shape, spec.shape.hidden) for _, spec in (dense, other)]
+    with HiddenStore(shapes[0]) as one, HiddenStore(shapes[1]) as two:
         fill_hidden(*dense, windows, one, progress)
         fill_hidden(*other, windows, two, progress)
         sums = torch.zeros(4, dtype=torch.float64)

@@ -16,8 +16,9 @@ from torch import Tensor
 class HiddenStore:
     """Float32 values `[windows, length, width]`; use in a `with` block, which removes the file it may hold."""
 
-    def __init__(self, windows: int, length: int, width: int, spill_bytes: int = 2**30) -> None:
+    def __init__(self, shape: tuple[int, ...], spill_bytes: int = 2**30) -> None:
         """Allocate memory, or a file in the temporary folder when more than `spill_bytes` are needed."""
+        windows, length, width = shape
         self.shape = (windows, length, width)
         size = 4 * windows * length * width
         self._path: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,6 +36,16 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
+class Task:
+    """One compression: the open dense checkpoint, its description, the calibration text and the recipe."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    windows: Windows
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
 class Result:
     """What a compression leaves in memory: the plan, the new model's description, a sample to compare with."""
 
@@ -45,12 +56,11 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def find_units(
-    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, progress: Progress = ignore_progress
-) -> Findings:
+def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
     """Run pass 1 on the dense model and return its findings; uses at most `recipe.score_tokens` tokens."""
+    checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
     used = windows.take(max(1, recipe.score_tokens // windows.ids.shape[1]))
-    with HiddenStore(*used.ids.shape, spec.shape.hidden, recipe.spill_bytes) as store:
+    with HiddenStore((*used.ids.shape, spec.shape.hidden), recipe.spill_bytes) as store:
         layers = stream_dense(checkpoint, spec, used, store, NEEDS)
         found, sums = reduce_all(spec, watch(layers, "calibrate", len(spec.layers), progress), recipe.score)
         final = observe_final(checkpoint, spec, store)
@@ -67,12 +77,12 @@ def watch(layers: Iterator[LayerStats], stage: str, total: int, progress: Progre
 
 
 def compress_checkpoint(
-    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, writer: CheckpointWriter,
-    plan: Plan, progress: Progress = ignore_progress,
-) -> Result:  # fmt: skip  # noqa: PLR0913
-    """Write the model that `plan` makes of `checkpoint` through `writer` (which the caller finishes)."""
+    task: Task, plan: Plan, writer: CheckpointWriter, progress: Progress = ignore_progress
+) -> Result:
+    """Write the model that `plan` makes of the task's checkpoint through `writer` (which the caller finishes)."""
+    checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
     started = time.perf_counter()
-    new = resolve_model(write_config(spec, plan_shape(plan, spec.shape), plan.kept_layers), None)
+    new = resolve_model(new_config(spec, plan), None)
     dtype = storage_dtype(checkpoint, spec)
     with ExitStack() as stack:
         streams = open_streams(stack, spec, new, windows, recipe)
@@ -96,11 +106,11 @@ def open_streams(stack: ExitStack, old: ModelSpec, new: ModelSpec, windows: Wind
     """Allocate both streams and the room for a projection's inputs."""
     count, length = windows.ids.shape
     widest = max(max(layer.shape.query, layer.shape.ffn) for layer in new.layers)
-    stores = [
-        stack.enter_context(HiddenStore(count, length, width, recipe.spill_bytes))
+    dense, pruned, inputs = (
+        stack.enter_context(HiddenStore((count, length, width), recipe.spill_bytes))
         for width in (old.shape.hidden, new.shape.hidden, widest)
-    ]
-    return Streams(*stores, torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1))
+    )
+    return Streams(dense, pruned, inputs, torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1))
 
 
 def start_streams(
@@ -138,13 +148,16 @@ def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:
     return checkpoint.tensors[spec.layers[0].names["down"]].dtype
 
 
-def plan_checkpoint(
-    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, recipe: Recipe, progress: Progress = ignore_progress
-) -> Plan:
+def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:
     """Run pass 1 and return the plan (keeping everything needs no pass)."""
-    if recipe.keep == 1:
-        return keep_everything(spec.shape)
-    return make_plan(spec, find_units(checkpoint, spec, windows, recipe, progress), recipe)
+    if task.recipe.keep == 1:
+        return keep_everything(task.spec.shape)
+    return make_plan(task.spec, find_units(task, progress), task.recipe)
+
+
+def new_config(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
+    """Return the config.json of the compressed model; UserError when no stock class accepts the shape."""
+    return write_config(spec, plan_shape(plan, spec.shape), plan.kept_layers)
 
 
 def describe_run(recipe: Recipe, windows: Windows) -> dict[str, Any]:
@@ -154,8 +167,6 @@ def describe_run(recipe: Recipe, windows: Windows) -> dict[str, Any]:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan file, in one rename."""
-    import json  # noqa: PLC0415
-
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from compress.shapes import LayerShape, ModelShape
 from compress.spec import ModelSpec, find_writer
 
 VERSION = 1
+# Accelerators and vector units work on tiles of 16 (reference: ascend tiles, AVX-512 lanes of float32).
+DEFAULT_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,21 @@ def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
             best = (damage, candidate)
     if best is None:
         raise UserError(
-            f"--keep {recipe.keep:g} cannot be met with axes {','.join(recipe.axes)} and multiples of "
-            f"{step_size(spec, recipe)}; allow more axes, a smaller --multiple, or keep more."
+            f"--keep {recipe.keep:g} cannot be met by pruning {','.join(recipe.axes)} in allowed steps; "
+            "allow more --axes, a smaller --multiple, or keep more."
         )
     return fill_plan(spec, findings, best[1], best[0])
 
 
-def step_size(spec: ModelSpec, recipe: Recipe) -> int:
-    """Return the multiple that channel counts keep to."""
-    return recipe.multiple or min(16, spec.shape.layers[0].head_dim)
+def step_size(size: int, recipe: Recipe) -> int:
+    """Return the multiple that a channel count keeps to: never a coarser one than the dense model keeps itself."""
+    return recipe.multiple or math.gcd(size, DEFAULT_MULTIPLE)
 
 
 def list_candidates(spec: ModelSpec, findings: Findings, recipe: Recipe, budget: int) -> list[Candidate]:
     """List shapes on the grid that fit the budget, each with as many FFN channels as it allows."""
-    shape, step = spec.shape, step_size(spec, recipe)
+    shape = spec.shape
+    step, ffn_step = step_size(shape.hidden, recipe), step_size(shape.layers[0].ffn, recipe)
     groups = min(layer.kv_heads for layer in shape.layers)
     drops = range(len(findings.drop_order) + 1) if "layers" in recipe.axes else range(1)
     group_counts = range(groups, 0, -1) if "kv" in recipe.axes else (groups,)
@@ -141,7 +145,7 @@ def list_candidates(spec: ModelSpec, findings: Findings, recipe: Recipe, budget:
         for count in group_counts:
             for width in widths:
                 sized = replace(shape.keep_layers(kept), hidden=width)
-                ffn = fit_ffn(sized, count, step if "ffn" in recipe.axes else 0, budget)
+                ffn = fit_ffn(sized, count, ffn_step if "ffn" in recipe.axes else 0, budget)
                 if ffn and writable(spec, sized, count, ffn):
                     found.append(Candidate(dropped, count, width, ffn))
     return found

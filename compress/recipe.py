@@ -19,7 +19,7 @@ class Recipe:
     axes: tuple[str, ...] = AXES
     """What may be pruned: ffn channels, kv groups, hidden width, layers."""
     multiple: int = 0
-    """Kept channels are a multiple of this; 0 means 16, or the head size where that is smaller."""
+    """Kept channels are a multiple of this; 0 means 16, or the power of two below it that the dense size has."""
     score: str = "obs"
     """How units are ranked: `activation` (rms activation x weight norm) or `obs` (greedy optimal brain surgeon)."""
     repair: str = "lstsq"
@@ -42,7 +42,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
         if not 0 < self.keep <= 1:
-            raise UserError(f"--keep {self.keep:g} is not a fraction; give a number above 0 and at most 1, such as 0.7.")
+            raise UserError(f"--keep {self.keep:g} must be above 0 and at most 1, such as 0.7.")
         unknown = [axis for axis in self.axes if axis not in AXES]
         if unknown or not self.axes:
             raise UserError(f"--axes: '{','.join(unknown)}' is not among {','.join(AXES)}; list one or more of them.")
@@ -51,7 +51,7 @@ class Recipe:
         for name in ("windows", "length", "score_tokens", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-        if self.multiple < 0 or self.length < 2:
+        if self.multiple < 0 or self.length == 1:
             raise UserError("--multiple must be 0 (automatic) or more, and --length at least 2.")
 
 

@@ -49,5 +49,6 @@ def residual_error(moments: Moments, weight: Tensor, bias: Tensor | None = None)
     error += float(((exact @ moments.gram) * exact).sum())
     if bias is not None:
         shift = bias.double()
-        error += moments.count * float(shift @ shift) + 2 * float(shift @ (exact @ moments.total - moments.target_total))
+        drift = exact @ moments.total - moments.target_total
+        error += moments.count * float(shift @ shift) + 2 * float(shift @ drift)
     return error

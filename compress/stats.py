@@ -13,7 +13,7 @@ CHUNK = 2048
 
 @dataclass
 class Moments:
-    """Gram matrix `[n, n]`, sums `[n]` and count of inputs x, and cross products `[n, m]` with targets y, in float64."""
+    """Float64 Gram matrix `[n, n]`, sums `[n]` and count of inputs x, cross products `[n, m]` with targets y."""
 
     gram: Tensor
     total: Tensor
@@ -34,12 +34,13 @@ class Moments:
 
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add tokens: `x` `[tokens, n]`, optionally targets `y` `[tokens, m]`."""
-        targets = [None] * len(x) if y is None else list(y.split(CHUNK))
-        for rows, wanted in zip(x.split(CHUNK), targets, strict=False):
+        for start in range(0, len(x), CHUNK):
+            rows = x[start : start + CHUNK]
             add_gram(self.gram, rows)
             self.total += rows.sum(0, dtype=torch.float64)
             self.count += len(rows)
-            if wanted is not None:
+            if y is not None:
+                wanted = y[start : start + CHUNK]
                 self.cross += rows.T @ wanted
                 self.target_total += wanted.sum(0, dtype=torch.float64)
                 self.target_square += float(wanted.pow(2).sum(dtype=torch.float64))

@@ -118,22 +118,24 @@ def boundary_ids(config: dict[str, Any]) -> list[int]:
     return []
 
 
-def read_windows(path: Path, folder: Path, config: dict[str, Any], length: int, count: int, field: str = "text") -> Windows:  # noqa: E501, PLR0913
-    """Read, tokenise and pack text into up to `count` windows of `length` tokens, a boundary token before each document.
+def read_windows(path: Path, tokenizer: Any, config: dict[str, Any], size: tuple[int, int], field: str) -> Windows:
+    """Read, tokenise and pack text into at most `size` = (windows, length) tokens, each document after a boundary.
 
     Raises UserError when the text gives not even one window, or a token the model does not have.
     """
-    tokenizer, start = load_tokenizer(folder), boundary_ids(config)
+    count, length = size
+    start = boundary_ids(config)
     tokens: list[int] = []
     for document in read_documents(path, field):
         tokens += start + tokenizer.encode(document, add_special_tokens=False).ids
         if len(tokens) >= length * count:
             break
-    return pack_windows(tokens, length, count, config, str(path))
+    return pack_windows(tokens, size, config, str(path))
 
 
-def pack_windows(tokens: list[int], length: int, count: int, config: dict[str, Any], source: str) -> Windows:
+def pack_windows(tokens: list[int], size: tuple[int, int], config: dict[str, Any], source: str) -> Windows:
     """Cut a token stream into whole windows; a last piece shorter than a window is left out."""
+    count, length = size
     whole = min(len(tokens) // length, count)
     if whole == 0:
         raise UserError(f"{source}: gives {len(tokens)} tokens, less than one window of {length}; give more text.")

@@ -23,12 +23,12 @@ MAX_FUNCTION_LINES = 60
 # another, `checkpoint_writer`, needs no entry: it stands beside `checkpoint`.
 LAYERS = (
     {"", "errors"},  # "" is compress/__init__.py
-    {"shapes", "report"},
+    {"shapes", "report", "recipe"},
     {"family", "rope", "spec"},
-    {"checkpoint", "weights", "decoder", "text"},
-    {"stats", "calibrate"},
+    {"checkpoint", "weights", "decoder", "text", "hidden"},
+    {"stats", "calibrate", "sample"},
     {"importance", "solve"},
-    {"plan", "surgery", "quantize", "evaluate"},
+    {"plan", "probe", "surgery", "quantize", "evaluate"},
     {"recover"},
     {"pipeline"},
     {"demo"},

@@ -18,7 +18,7 @@ from compress.stats import Moments
 
 @dataclass(frozen=True)
 class Ranking:
-    """`order`: units, first to go first; `damage[k]`: predicted squared output error, summed over tokens, after k went."""
+    """`order`: units, first to go first; `damage[k]`: predicted squared error over all tokens after k went."""
 
     order: tuple[int, ...]
     damage: tuple[float, ...]
