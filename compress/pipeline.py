@@ -20,6 +20,7 @@ from compress.decoder import compute_logits
 from compress.hidden import HiddenStore
 from compress.importance.findings import Findings, collect_findings, reduce_all
 from compress.plan import Plan, keep_everything, make_plan, plan_shape
+from compress.probe import weigh_axes
 from compress.recipe import Recipe
 from compress.spec import ModelSpec, resolve_model, write_config
 from compress.surgery.rebuild import Rebuild, Streams, rebuild_layers
@@ -152,7 +153,11 @@ def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:
     """Run pass 1 and return the plan (keeping everything needs no pass)."""
     if task.recipe.keep == 1:
         return keep_everything(task.spec.shape)
-    return make_plan(task.spec, find_units(task, progress), task.recipe)
+    findings = find_units(task, progress)
+    # One axis alone needs no exchange rate between axes.
+    several = len(task.recipe.axes) > 1
+    weights = weigh_axes(task.checkpoint, task.spec, findings, task.windows) if several else {}
+    return make_plan(task.spec, findings, task.recipe, weights)
 
 
 def new_config(spec: ModelSpec, plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,25 +104,23 @@ class Candidate:
     ffn: int
 
 
-def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
-    """Choose the uniform shape of least predicted damage within the budget, then the units that stay.
+def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe, weights: Mapping[str, float]) -> Plan:
+    """Choose the uniform shape of least predicted loss within the budget, then the units that stay.
 
-    Raises UserError when no shape on the grid fits the budget.
+    `weights` says what a unit of damage costs on each axis (1 where absent). Raises UserError when no shape on the
+    grid fits the budget.
     """
-    if recipe.keep == 1:
-        return keep_everything(spec.shape)
     budget = int(recipe.keep * spec.shape.layer_parameters)
-    best: tuple[float, Candidate] | None = None
-    for candidate in list_candidates(spec, findings, recipe, budget):
-        damage = predict_damage(findings, candidate)
-        if best is None or damage < best[0]:
-            best = (damage, candidate)
-    if best is None:
+    candidates = list_candidates(spec, findings, recipe, budget)
+    if not candidates:
         raise UserError(
             f"--keep {recipe.keep:g} cannot be met by pruning {','.join(recipe.axes)} in allowed steps; "
             "allow more --axes, a smaller --multiple, or keep more."
         )
-    return fill_plan(spec, findings, best[1], best[0])
+    best = min(candidates, key=lambda candidate: predict_loss(findings, candidate, weights))
+    predicted = {axis: value * weights.get(axis, 1.0) for axis, value in axis_damage(findings, best).items()}
+    plan = fill_plan(spec, findings, best)
+    return replace(plan, notes=describe_choice(spec, findings, plan, predicted))
 
 
 def step_size(size: int, recipe: Recipe) -> int:
@@ -174,19 +172,25 @@ def writable(spec: ModelSpec, shape: ModelShape, groups: int, ffn: int) -> bool:
     return find_writer(spec, sized) is not None
 
 
-def predict_damage(findings: Findings, candidate: Candidate) -> float:
-    """Return the predicted damage: stream error per stream energy, summed over all cuts."""
+def axis_damage(findings: Findings, candidate: Candidate) -> dict[str, float]:
+    """Return the predicted damage of each axis's cuts: stream error per stream energy, summed over layers."""
     gone = set(findings.drop_order[: candidate.dropped])
-    damage = findings.hidden_damage(candidate.hidden)
-    for layer in findings.layers:
-        if layer.index in gone:
-            damage += layer.drop_damage
-        else:
-            damage += layer.unit_damage(candidate.groups, candidate.ffn)
-    return damage
+    kept = [layer for layer in findings.layers if layer.index not in gone]
+    return {
+        "ffn": sum(layer.ffn_damage(candidate.ffn) for layer in kept),
+        "kv": sum(layer.kv_damage(candidate.groups) for layer in kept),
+        "hidden": findings.hidden_damage(candidate.hidden),
+        "layers": sum(layer.drop_damage for layer in findings.layers if layer.index in gone),
+    }
 
 
-def fill_plan(spec: ModelSpec, findings: Findings, chosen: Candidate, damage: float) -> Plan:
+def predict_loss(findings: Findings, candidate: Candidate, weights: Mapping[str, float]) -> float:
+    """Return the predicted loss of a shape: the damage of each axis times what damage on that axis costs."""
+    damage = axis_damage(findings, candidate)
+    return sum(value * weights.get(axis, 1.0) for axis, value in damage.items())
+
+
+def fill_plan(spec: ModelSpec, findings: Findings, chosen: Candidate) -> Plan:
     """Pick the units of a chosen shape by their rankings."""
     gone = set(findings.drop_order[: chosen.dropped])
     layers = tuple(
@@ -194,19 +198,22 @@ def fill_plan(spec: ModelSpec, findings: Findings, chosen: Candidate, damage: fl
         for layer in findings.layers
         if layer.index not in gone
     )
-    plan = Plan(findings.keep_hidden(chosen.hidden), layers)
+    return Plan(findings.keep_hidden(chosen.hidden), layers)
+
+
+def describe_choice(spec: ModelSpec, findings: Findings, plan: Plan, predicted: Mapping[str, float]) -> dict[str, Any]:
+    """Return the notes of a plan: sizes, predictions and what the statistics saw."""
     shape = plan_shape(plan, spec.shape)
-    notes = {
+    return {
         "dense_parameters": spec.shape.parameters,
         "parameters": shape.parameters,
         "kept_fraction": shape.layer_parameters / spec.shape.layer_parameters,
-        "predicted_damage": damage,
-        "dropped_layers": sorted(gone),
+        "predicted_loss": {axis: round(value, 5) for axis, value in predicted.items()},
+        "dropped_layers": sorted(set(range(len(spec.layers))) - set(plan.kept_layers)),
         "pinned_channels": list(findings.pinned),
-        "calibration_tokens": findings.tokens,
+        "scored_tokens": findings.tokens,
         "skipped_sink_tokens": findings.sinks,
     }
-    return replace(plan, notes=notes)
 
 
 def describe_counts(values: Sequence[int]) -> str:

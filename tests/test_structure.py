@@ -28,7 +28,7 @@ LAYERS = (
     {"checkpoint", "weights", "decoder", "text", "hidden"},
     {"stats", "calibrate", "sample"},
     {"importance", "solve"},
-    {"plan", "probe", "surgery", "quantize", "evaluate"},
+    {"plan", "surgery", "probe", "quantize", "evaluate"},
     {"recover"},
     {"pipeline"},
     {"demo"},

@@ -30,10 +30,13 @@ class LayerFindings:
     influence: float
     sinks: int
 
-    def unit_damage(self, groups: int, ffn: int) -> float:
-        """Return the predicted error of keeping so many units, as a share of the stream's energy."""
-        error = self.kv.damage[len(self.kv.order) - groups] + self.ffn.damage[len(self.ffn.order) - ffn]
-        return error / self.energy
+    def kv_damage(self, groups: int) -> float:
+        """Return the predicted error of keeping `groups` KV groups, as a share of the stream's energy."""
+        return self.kv.damage[len(self.kv.order) - groups] / self.energy
+
+    def ffn_damage(self, channels: int) -> float:
+        """Return the predicted error of keeping `channels` FFN channels, as a share of the stream's energy."""
+        return self.ffn.damage[len(self.ffn.order) - channels] / self.energy
 
     @property
     def drop_damage(self) -> float:

@@ -220,7 +220,7 @@ def refit_projection(job: Rebuild, half: Half, cut: Weights, moments: Moments) -
 
 
 def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tensor:
-    """Return the post-norm weight that fits the repaired projection best, channel by channel, damped towards the old."""
+    """Return the post-norm weight that fits the repaired projection best, per channel, damped towards the old."""
     gain = cut[half.norm].double() + job.new.norm_offset
     product, square, count = torch.zeros_like(gain), torch.zeros_like(gain), 0
     for start, stop in streams.spans():
