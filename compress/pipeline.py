@@ -29,6 +29,7 @@ from compress.text import Windows
 from compress.weights import fuse_parts
 
 Progress = Callable[[str, int, int], None]
+SAMPLE = (2, 64)  # windows and tokens whose logits prove the written model; a large vocabulary makes them big
 NEEDS = frozenset({ATTENTION, MLP, NORMS})
 
 
@@ -87,9 +88,9 @@ def compress_checkpoint(
     dtype = storage_dtype(checkpoint, spec)
     with ExitStack() as stack:
         streams = open_streams(stack, spec, new, windows, recipe)
-        ends = cut_ends(checkpoint, spec, new, plan, dtype)
         start_streams(checkpoint, spec, windows, streams, plan)
-        write_ends(writer, new, ends)
+        for role, tensor in cut_ends(checkpoint, spec, new, plan, dtype).items():
+            writer.add(new.names[role], tensor)
         untouched = plan == keep_everything(spec.shape)
         job = Rebuild(checkpoint, spec, new, plan, recipe.repair == "lstsq" and not untouched, dtype)
         progress("rebuild", 0, len(new.layers))
@@ -97,9 +98,11 @@ def compress_checkpoint(
             for role, tensor in fuse_parts(new.layers[place], weights).items():
                 writer.add(new.layers[place].names[role], tensor)
             progress("rebuild", place + 1, len(new.layers))
-        ids = windows.ids[: min(2, len(windows.ids))]
-        floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
-        logits = compute_logits(new, {"head": floats["embed"], **floats}, streams.pruned.read(0, len(ids)))
+        ids = windows.ids[: SAMPLE[0], : SAMPLE[1]]
+        stream = streams.pruned.read(0, len(ids))[:, : SAMPLE[1]]
+    ends = cut_ends(checkpoint, spec, new, plan, dtype)
+    head = ends["embed" if new.shape.tied else "head"].to(torch.float32)
+    logits = compute_logits(new, {"final_norm": ends["final_norm"].to(torch.float32), "head": head}, stream)
     return Result(plan, new, ids, logits, {"rebuild": time.perf_counter() - started})
 
 
@@ -136,12 +139,6 @@ def cut_ends(
     floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
     cut = fold_embedding_scale(old, new, slice_weights(old, floats, kept))
     return {role: tensor.to(dtype) for role, tensor in cut.items()}
-
-
-def write_ends(writer: CheckpointWriter, new: ModelSpec, ends: dict[str, Tensor]) -> None:
-    """Write the tensors outside the layers."""
-    for role, tensor in ends.items():
-        writer.add(new.names[role], tensor)
 
 
 def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:

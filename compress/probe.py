@@ -24,7 +24,7 @@ from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer
 
-TOKENS = 2048
+TOKENS = 1024
 CUT = 0.15  # share of an axis that a probe removes
 LEAST = 0.002  # nats: below this the loss a probe adds is noise of so few tokens
 
@@ -39,7 +39,7 @@ class Probe:
 
 
 def weigh_axes(checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows) -> dict[str, float]:
-    """Return axis -> loss in nats per unit of predicted damage, measured on about 2048 tokens."""
+    """Return axis -> loss in nats per unit of predicted damage, measured on about 1024 tokens."""
     ids = windows.ids[-max(1, TOKENS // windows.ids.shape[1]) :]
     candidates = probe_candidates(spec, findings)
     plans = {axis: fill_plan(spec, findings, candidate) for axis, candidate in candidates.items()}

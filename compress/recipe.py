@@ -28,7 +28,7 @@ class Recipe:
     """Calibration windows."""
     length: int = 256
     """Tokens in a window; shorter when the model's context is."""
-    score_tokens: int = 16384
+    score_tokens: int = 8192
     """Tokens of the first pass (scores); the second pass (repair) uses all windows."""
     field: str = "text"
     """Field of a .jsonl or .parquet file that holds the text."""

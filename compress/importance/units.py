@@ -8,6 +8,7 @@ tr(W_P (A_PP)^-1 W_P^T) with A the inverse Gram matrix (optimal brain surgeon, H
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,39 +58,72 @@ def unit_inputs(units: Tensor, size: int) -> Tensor:
 def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
     """Rank units greedily by the output error that each removal adds after refitting the rest.
 
-    Few units go one at a time (exact greedy); many go in batches of one per cent, whose members are chosen
+    Few units go one at a time (exact greedy); from 128 on they go in batches of 1/64, whose members are chosen
     without regard to each other, while their joint error and the refit of the rest are exact.
     """
-    inverse, left = invert_gram(moments.gram), weight.double().T.clone()
-    units = torch.arange(len(left) // size)
+    state = Elimination(invert_gram(moments.gram), weight.double().T.clone(), size)
+    batch = max(1, len(state.units) // 64)
     order: list[int] = []
-    damage, batch = [0.0], max(1, len(units) // 100)
-    while len(units) > 1:
-        gone = pick_units(inverse, left, size, min(batch, len(units) - 1))
-        inputs, rest = unit_inputs(gone, size), torch.ones(len(units), dtype=torch.bool)
-        rest[gone] = False
-        stay = unit_inputs(rest.nonzero().flatten(), size)
-        factor = torch.linalg.cholesky(inverse[inputs][:, inputs])
-        rows = torch.linalg.solve_triangular(factor, left[inputs], upper=False)
-        steps = rows.pow(2).sum(1).view(-1, size).sum(1).cumsum(0)
-        bridge = torch.linalg.solve_triangular(factor, inverse[inputs][:, stay], upper=False)
-        left = left[stay] - bridge.T @ rows
-        inverse = inverse[stay][:, stay] - bridge.T @ bridge
-        order += units[gone].tolist()
-        damage += [damage[-1] + step for step in steps.tolist()]
-        units = units[rest]
+    steps = [0.0]
+    while len(state.units) > 1:
+        gone = pick_units(state, min(batch, len(state.units) - 1))
+        steps += eliminate_units(state, gone)
+        order += gone
+    damage = list(accumulate(steps))
     everything = float((weight.double() @ moments.gram * weight).sum())
-    return Ranking((*order, *units.tolist()), (*damage, max(everything, damage[-1])))
+    return Ranking((*order, *state.units), (*damage, max(everything, damage[-1])))
 
 
-def pick_units(inverse: Tensor, left: Tensor, size: int, count: int) -> Tensor:
+class Elimination:
+    """The inverse Gram matrix and the refitted projection of the units that are left, changed in place.
+
+    Eliminated rows stay in the matrices (their values no longer matter) until a quarter of them is dead, because
+    gathering a large matrix anew costs more than updating it.
+    """
+
+    def __init__(self, inverse: Tensor, left: Tensor, size: int) -> None:
+        """Start with all units; `inverse` `[n, n]`, `left` `[n, out]`."""
+        self.inverse, self.left, self.size = inverse, left, size
+        self.units = list(range(len(left) // size))
+        self.places = {unit: place for place, unit in enumerate(self.units)}
+
+    def inputs(self, units: list[int]) -> Tensor:
+        """Return the rows that hold `units`."""
+        return unit_inputs(torch.tensor([self.places[unit] for unit in units]), self.size)
+
+    def drop(self, gone: list[int]) -> None:
+        """Forget `gone`, and gather what is left when a quarter of the rows is dead."""
+        dead = set(gone)
+        self.units = [unit for unit in self.units if unit not in dead]
+        if len(self.units) * self.size <= 0.75 * len(self.left):
+            rows = self.inputs(self.units)
+            self.inverse, self.left = self.inverse[rows][:, rows], self.left[rows]
+            self.places = {unit: place for place, unit in enumerate(self.units)}
+
+
+def eliminate_units(state: Elimination, gone: list[int]) -> list[float]:
+    """Remove units, refit the rest, and return the output error that each removal added."""
+    inputs = state.inputs(gone)
+    rows = state.inverse[inputs]
+    factor = torch.linalg.cholesky(rows[:, inputs])
+    moved = torch.linalg.solve_triangular(factor, state.left[inputs], upper=False)
+    bridge = torch.linalg.solve_triangular(factor, rows, upper=False)
+    state.left.addmm_(bridge.T, moved, alpha=-1)
+    state.inverse.addmm_(bridge.T, bridge, alpha=-1)
+    state.drop(gone)
+    errors: list[float] = moved.pow(2).sum(1).view(-1, state.size).sum(1).tolist()
+    return errors
+
+
+def pick_units(state: Elimination, count: int) -> list[int]:
     """Return the `count` units whose removal alone adds the least error, least first."""
-    if size == 1:
-        errors = left.pow(2).sum(1) / inverse.diagonal()
+    rows = state.inputs(state.units)
+    if state.size == 1:
+        norms = torch.linalg.vector_norm(state.left, dim=1)
+        errors = norms[rows].pow(2) / state.inverse.diagonal()[rows]
     else:
-        blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, len(left), size)])
-        rows = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(blocks), left.view(-1, size, left.shape[1]), upper=False
-        )
-        errors = rows.pow(2).sum((1, 2))
-    return torch.argsort(errors, stable=True)[:count]
+        blocks = rows.view(-1, state.size)
+        parts = torch.stack([state.inverse[block][:, block] for block in blocks])
+        moved = torch.linalg.solve_triangular(torch.linalg.cholesky(parts), state.left[blocks], upper=False)
+        errors = moved.pow(2).sum((1, 2))
+    return [state.units[place] for place in torch.argsort(errors, stable=True)[:count].tolist()]

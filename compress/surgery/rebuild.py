@@ -146,7 +146,8 @@ def run_dense_half(job: Rebuild, streams: Streams, half: Half, weights: Weights,
         frame = make_frame(spec, stop - start, streams.dense.shape[1])
         x = streams.dense.read(start, stop)
         raw = project(weights, half.projection, half_inputs(spec, index, half, weights, x, frame))
-        streams.mask[start:stop] = ordinary_tokens(x)[0]
+        if half is ATTENTION:
+            streams.mask[start:stop] = ordinary_tokens(x)[0]
         if half.norm in weights:
             streams.scale[start:stop] = torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + spec.eps)
         streams.dense.write(start, x + apply_norm(spec, weights, half.norm, raw) * spec.residual_multiplier)
