@@ -2,7 +2,7 @@
 
 Damage curves predict the error a cut leaves in the residual stream; how much loss that error makes differs from
 model to model and axis to axis. One streamed pass runs the dense model and one moderately cut model per axis side
-by side, and the loss each adds per unit of predicted damage becomes that axis's weight in the plan (our method).
+by side, and the loss that each adds fixes that axis's weight in the plan's loss = weight x damage^1.2 (our method).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
 from compress.hidden import batches
 from compress.importance.findings import Findings
-from compress.plan import Candidate, Plan, axis_damage, fill_plan, keep_everything, plan_shape
+from compress.plan import LOSS_EXPONENT, Candidate, Plan, axis_damage, fill_plan, keep_everything, plan_shape
 from compress.spec import ModelSpec
 from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer
 
 TOKENS = 1024
-CUT = 0.15  # share of an axis that a probe removes
+# Share of an axis that its probe removes: about what plans remove, so that the exponent has little to bridge.
+CUTS = {"ffn": 0.25, "kv": 0.25, "hidden": 0.15, "layers": 0.15}
 LEAST = 0.002  # nats: below this the loss a probe adds is noise of so few tokens
 
 
@@ -39,16 +40,17 @@ class Probe:
 
 
 def weigh_axes(checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows) -> dict[str, float]:
-    """Return axis -> loss in nats per unit of predicted damage, measured on about 1024 tokens."""
+    """Return axis -> loss in nats at one unit of predicted damage, measured on about 1024 tokens."""
     ids = windows.ids[-max(1, TOKENS // windows.ids.shape[1]) :]
     candidates = probe_candidates(spec, findings)
     plans = {axis: fill_plan(spec, findings, candidate) for axis, candidate in candidates.items()}
     plans["dense"] = keep_everything(spec.shape)
     losses = run_probes(checkpoint, spec, plans, ids)
-    return {
-        axis: max(losses[axis] - losses["dense"], LEAST) / max(axis_damage(findings, candidate)[axis], 1e-9)
-        for axis, candidate in candidates.items()
-    }
+    weights = {}
+    for axis, candidate in candidates.items():
+        added = max(losses[axis] - losses["dense"], LEAST)
+        weights[axis] = added / max(axis_damage(findings, candidate)[axis], 1e-9) ** LOSS_EXPONENT
+    return weights
 
 
 def probe_candidates(spec: ModelSpec, findings: Findings) -> dict[str, Candidate]:
@@ -57,13 +59,13 @@ def probe_candidates(spec: ModelSpec, findings: Findings) -> dict[str, Candidate
     ffn = min(layer.ffn for layer in spec.shape.layers)
     full = Candidate(0, groups, spec.shape.hidden, ffn)
     found = {
-        "ffn": replace(full, ffn=max(1, int(ffn * (1 - CUT)))),
-        "hidden": replace(full, hidden=max(1, int(full.hidden * (1 - CUT)))),
+        "ffn": replace(full, ffn=max(1, int(ffn * (1 - CUTS["ffn"])))),
+        "hidden": replace(full, hidden=max(1, int(full.hidden * (1 - CUTS["hidden"])))),
     }
     if groups > 1:
-        found["kv"] = replace(full, groups=groups - max(1, round(CUT * groups)))
+        found["kv"] = replace(full, groups=groups - max(1, round(CUTS["kv"] * groups)))
     if findings.drop_order:
-        dropped = max(1, round(CUT * len(spec.layers)))
+        dropped = max(1, round(CUTS["layers"] * len(spec.layers)))
         found["layers"] = replace(full, dropped=min(dropped, len(findings.drop_order)))
     return found
 

@@ -48,7 +48,8 @@ def read_documents(path: Path, field: str = "text") -> Iterator[str]:
     for document in reader(path, field):
         if document.strip():
             empty = False
-            yield document
+            # Half of a surrogate pair, as cut emoji leave in JSON, is no text for a tokenizer.
+            yield document.encode("utf-8", "replace").decode("utf-8")
     if empty:
         raise UserError(f"{path}: holds no text; give a file with at least one document.")
 
@@ -57,7 +58,7 @@ def read_plain(path: Path, field: str) -> Iterator[str]:
     """Yield the documents of a UTF-8 text file."""
     del field
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first.") from error
     yield from (document.strip("\n") for document in text.split(SEPARATOR))
@@ -65,12 +66,14 @@ def read_plain(path: Path, field: str) -> Iterator[str]:
 
 def read_jsonl(path: Path, field: str) -> Iterator[str]:
     """Yield `field` of every line of a JSON-lines file."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: line {number} is not UTF-8 text; convert the file first.") from error
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is not JSON; give one JSON object per line.") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):

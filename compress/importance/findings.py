@@ -66,7 +66,8 @@ class Findings:
         """Return the share of the norm outputs' energy that goes with the channels not kept, summed over norms."""
         total = self.hidden_energy.sum(1)
         left = self.hidden_energy[:, list(self.keep_hidden(count))].sum(1)
-        return float((1 - left / total).sum())
+        # Rounding could make the difference negative where dead channels go, and a norm may give out nothing at all.
+        return float(((total - left).clamp(min=0) / total.clamp(min=1e-300)).sum())
 
 
 def reduce_layer(spec: ModelSpec, stats: LayerStats, score: str) -> LayerFindings:
