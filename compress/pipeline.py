@@ -17,6 +17,7 @@ from compress.calibrate import ATTENTION, MLP, NORMS, LayerStats, fill_embedding
 from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.decoder import compute_logits
+from compress.evaluate import fill_hidden
 from compress.hidden import HiddenStore
 from compress.importance.findings import Findings, collect_findings, reduce_all
 from compress.plan import Plan, keep_everything, make_plan, plan_shape
@@ -82,28 +83,51 @@ def compress_checkpoint(
     task: Task, plan: Plan, writer: CheckpointWriter, progress: Progress = ignore_progress
 ) -> Result:
     """Write the model that `plan` makes of the task's checkpoint through `writer` (which the caller finishes)."""
-    checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
     started = time.perf_counter()
-    new = resolve_model(new_config(spec, plan), None)
-    dtype = storage_dtype(checkpoint, spec)
+    if plan == keep_everything(task.spec.shape):
+        ids, stream, new = *copy_checkpoint(task, writer), task.spec
+    else:
+        new = resolve_model(new_config(task.spec, plan), None)
+        ids, stream = rebuild_checkpoint(task, plan, new, writer, progress)
+    logits = compute_sample(task, plan, new, stream)
+    return Result(plan, new, ids, logits, {"rebuild": time.perf_counter() - started})
+
+
+def copy_checkpoint(task: Task, writer: CheckpointWriter) -> tuple[Tensor, Tensor]:
+    """Write every tensor as it is stored; return sample ids and the dense model's last stream for them."""
+    for name in task.checkpoint.tensors:
+        writer.add(name, task.checkpoint.read_one(name))
+    ids = task.windows.ids[: SAMPLE[0], : SAMPLE[1]]
+    with HiddenStore((*ids.shape, task.spec.shape.hidden)) as store:
+        fill_hidden(task.checkpoint, task.spec, Windows(ids, task.windows.source), store)
+        return ids, store.read(0, len(ids))
+
+
+def rebuild_checkpoint(
+    task: Task, plan: Plan, new: ModelSpec, writer: CheckpointWriter, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Run pass 2, writing each layer as it is done; return sample ids and the pruned model's last stream for them."""
+    checkpoint, spec, windows = task.checkpoint, task.spec, task.windows
     with ExitStack() as stack:
-        streams = open_streams(stack, spec, new, windows, recipe)
+        streams = open_streams(stack, spec, new, windows, task.recipe)
         start_streams(checkpoint, spec, windows, streams, plan)
-        for role, tensor in cut_ends(checkpoint, spec, new, plan, dtype).items():
+        for role, tensor in cut_ends(checkpoint, spec, new, plan).items():
             writer.add(new.names[role], tensor)
-        untouched = plan == keep_everything(spec.shape)
-        job = Rebuild(checkpoint, spec, new, plan, recipe.repair == "lstsq" and not untouched, dtype)
+        job = Rebuild(checkpoint, spec, new, plan, task.recipe.repair == "lstsq", storage_types(checkpoint, spec))
         progress("rebuild", 0, len(new.layers))
         for place, weights in enumerate(rebuild_layers(job, streams)):
             for role, tensor in fuse_parts(new.layers[place], weights).items():
                 writer.add(new.layers[place].names[role], tensor)
             progress("rebuild", place + 1, len(new.layers))
         ids = windows.ids[: SAMPLE[0], : SAMPLE[1]]
-        stream = streams.pruned.read(0, len(ids))[:, : SAMPLE[1]]
-    ends = cut_ends(checkpoint, spec, new, plan, dtype)
+        return ids, streams.pruned.read(0, len(ids))[:, : SAMPLE[1]]
+
+
+def compute_sample(task: Task, plan: Plan, new: ModelSpec, stream: Tensor) -> Tensor:
+    """Return the new model's logits `[windows, tokens, vocab]` on its last stream."""
+    ends = cut_ends(task.checkpoint, task.spec, new, plan)
     head = ends["embed" if new.shape.tied else "head"].to(torch.float32)
-    logits = compute_logits(new, {"final_norm": ends["final_norm"].to(torch.float32), "head": head}, stream)
-    return Result(plan, new, ids, logits, {"rebuild": time.perf_counter() - started})
+    return compute_logits(new, {"final_norm": ends["final_norm"].to(torch.float32), "head": head}, stream)
 
 
 def open_streams(stack: ExitStack, old: ModelSpec, new: ModelSpec, windows: Windows, recipe: Recipe) -> Streams:
@@ -127,10 +151,8 @@ def start_streams(
         streams.pruned.write(start, streams.dense.read(start, stop)[..., hidden])
 
 
-def cut_ends(
-    checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return embedding, final norm and (untied) head cut to the kept channels, in the storage type."""
+def cut_ends(checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan) -> dict[str, Tensor]:
+    """Return embedding, final norm and (untied) head cut to the kept channels, each in its storage type."""
     roles = ["embed", "final_norm"] + ([] if old.shape.tied else ["head"])
     ends = {role: checkpoint.read_one(old.names[role]) for role in roles}
     if new.shape.hidden == old.shape.hidden:
@@ -138,12 +160,21 @@ def cut_ends(
     kept = {"hidden": torch.tensor(plan.hidden)}
     floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
     cut = fold_embedding_scale(old, new, slice_weights(old, floats, kept))
-    return {role: tensor.to(dtype) for role, tensor in cut.items()}
+    return {role: tensor.to(ends[role].dtype) for role, tensor in cut.items()}
+
+
+def storage_types(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.dtype]:
+    """Return the type that the checkpoint stores each role of a layer in (norms may differ from matrices)."""
+    layer = spec.layers[0]
+    types = {}
+    for role, name in layer.names.items():
+        types |= dict.fromkeys(layer.parts.get(role, (role,)), checkpoint.tensors[name].dtype)
+    return types
 
 
 def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:
-    """Return the type that the checkpoint stores its projections in."""
-    return checkpoint.tensors[spec.layers[0].names["down"]].dtype
+    """Return the type that the checkpoint stores its matrices in."""
+    return storage_types(checkpoint, spec)["down"]
 
 
 def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:

@@ -76,7 +76,7 @@ class Rebuild:
     new: ModelSpec
     plan: Plan
     repair: bool
-    dtype: torch.dtype
+    types: Mapping[str, torch.dtype]
 
     @property
     def hidden(self) -> Tensor:
@@ -105,19 +105,19 @@ def rebuild_layer(job: Rebuild, streams: Streams, place: int, dropped: range) ->
     del dense
     run_dropped(job, streams, dropped)
     repair_half(job, streams, MLP, cut, place)
-    return {role: tensor.to(job.dtype) for role, tensor in cut.items()}
+    return {role: tensor.to(job.types[role]) for role, tensor in cut.items()}
 
 
 def cut_layer(job: Rebuild, layer_plan: LayerPlan, dense: Mapping[str, Tensor]) -> Weights:
     """Slice a layer's weights by the plan, rounded to the storage type."""
     shape = job.old.layers[layer_plan.layer].shape
     rows = axis_rows(shape, job.hidden, torch.tensor(layer_plan.kv_groups), torch.tensor(layer_plan.ffn))
-    return {role: round_to(job, tensor) for role, tensor in slice_weights(job.old, dense, rows).items()}
+    return {role: round_to(job, role, tensor) for role, tensor in slice_weights(job.old, dense, rows).items()}
 
 
-def round_to(job: Rebuild, tensor: Tensor) -> Tensor:
-    """Round to the storage type and back, so that the stream sees exactly what is written."""
-    return tensor.to(job.dtype).to(torch.float32)
+def round_to(job: Rebuild, role: str, tensor: Tensor) -> Tensor:
+    """Round to the role's storage type and back, so that the stream sees exactly what is written."""
+    return tensor.to(job.types[role]).to(torch.float32)
 
 
 def run_dropped(job: Rebuild, streams: Streams, layers: range) -> None:
@@ -160,7 +160,7 @@ def repair_half(job: Rebuild, streams: Streams, half: Half, cut: Weights, place:
     if collect:
         refit_projection(job, half, cut, moments)
         if half.norm in cut:
-            cut[half.norm] = round_to(job, refit_norm(job, streams, half, cut))
+            cut[half.norm] = round_to(job, half.norm, refit_norm(job, streams, half, cut))
     for start, stop in streams.spans():
         raw = project(cut, half.projection, streams.inputs.read(start, stop))
         branch = apply_norm(job.new, cut, half.norm, raw) * job.new.residual_multiplier
@@ -215,9 +215,9 @@ def refit_projection(job: Rebuild, half: Half, cut: Weights, moments: Moments) -
     bias_role = f"{half.projection}_bias"
     bias = cut.get(bias_role) if half.norm not in cut else None
     weight, shift = solve_projection(moments, cut[half.projection], bias, RIDGE)
-    cut[half.projection] = round_to(job, weight)
+    cut[half.projection] = round_to(job, half.projection, weight)
     if shift is not None:
-        cut[bias_role] = round_to(job, shift)
+        cut[bias_role] = round_to(job, bias_role, shift)
 
 
 def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tensor:

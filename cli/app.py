@@ -1,0 +1,132 @@
+"""The `lightpress` command: the verbs joined, and every error turned into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.bench import bench
+from cli.compress import compress
+from cli.console import RunFailure
+from cli.demo import demo
+from cli.evaluate import evaluate
+from cli.export import export
+from cli.inspect import inspect
+from cli.plan import plan
+from cli.version import read_version
+from compress.errors import UserError
+
+FAILED, MISUSED = 1, 2
+STOPPED = "stopped; nothing was kept"
+
+
+class Verbs(TyperGroup):
+    """The group of verbs, which never lets an expected error out as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb; an interrupt says what is left of the run."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise RunFailure(str(stop) or STOPPED) from stop
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and exit with 0, 1 (the run failed) or 2 (the user's input)."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except Exception as error:
+            message, code = explain_error(error)
+            if not code:
+                raise
+            if message:
+                print(f"lightpress: {message}", file=sys.stderr)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain_error(error: Exception) -> tuple[str, int]:
+    """Return the sentence and the exit code for an error, and the code 0 for one that nobody expected."""
+    if isinstance(error, UserError):
+        return str(error), MISUSED
+    if isinstance(error, RunFailure):
+        return str(error), FAILED
+    if isinstance(error, BrokenPipeError):
+        return "", FAILED
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or type(error).__name__}; check the disk and its permissions.", FAILED
+    # torch reports a failed allocation as a plain RuntimeError.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; use fewer --windows, or a machine with more.", FAILED
+    return explain_usage(error)
+
+
+def explain_usage(error: Any) -> tuple[str, int]:
+    """Return the sentence for a mistake on the command line: typer's releases differ in where its classes live."""
+    if not hasattr(error, "format_message"):
+        return "", 0
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    return f"{error.format_message().rstrip('.')}{hint}.", MISUSED
+
+
+app = typer.Typer(
+    name="lightpress",
+    cls=Verbs,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help is quick to import and to read in a log
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        print(f"lightpress {read_version()}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress a language-model checkpoint for the hardware that will run it, and prove the result."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+VERBS: Mapping[str, Any] = {
+    "compress": compress,
+    "plan": plan,
+    "inspect": inspect,
+    "export": export,
+    "evaluate": evaluate,
+    "bench": bench,
+    "demo": demo,
+}
+for name, verb in VERBS.items():
+    app.command(name)(verb)
+
+
+def stop_run(number: int, frame: FrameType | None) -> None:
+    """Leave as an interrupt does, so that unfinished output is removed."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the console script."""
+    signal.signal(signal.SIGTERM, stop_run)
+    app(prog_name="lightpress")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`lightpress demo`: the whole tool on the small model that ships with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import options
+from cli.console import Console
+from cli.request import BenchSize
+
+
+def demo(
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("demo-out"),
+    keep: options.Keep = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compress the shipped demo model, in about two minutes on two cores, and show what that costs and gains.
+
+    Example: lightpress demo
+    """
+    recipe = options.read_recipe(None, {"keep": keep})
+    with Console(as_json, quiet) as console:
+        from cli.tour import run_demo
+        from compress.report import make_plain
+
+        report = run_demo(output, recipe, BenchSize(threads=threads), console)
+        console.finish(make_plain(report))

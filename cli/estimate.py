@@ -1,0 +1,44 @@
+"""What a run will need, from shapes alone: memory, disk, temporary disk."""
+
+from __future__ import annotations
+
+from compress.recipe import Recipe
+from compress.shapes import ModelShape
+
+FLOAT, DOUBLE = 4, 8
+# Interpreter, torch and its libraries, measured on Linux; the rest of the estimate is about the model.
+BASE_BYTES = 350 * 2**20
+SMALL_FILES = 16 * 2**20  # tokenizer, configuration, manifest, graph without weights
+BATCH_TOKENS = 2048  # the forward runs over so many tokens at once
+
+
+def estimate_disk(shape: ModelShape, keep: float, itemsize: int, export: bool) -> int:
+    """Return bytes of the weights in the stored type, plus those of the float32 ONNX data if exported."""
+    parameters = int(keep * shape.layer_parameters) + shape.embedding_parameters
+    return parameters * (itemsize + (FLOAT if export else 0)) + SMALL_FILES
+
+
+def list_streams(shape: ModelShape, recipe: Recipe) -> list[int]:
+    """Return the bytes of the dense stream, the pruned stream and a projection's inputs over all windows."""
+    widest = max(max(layer.query, layer.ffn) for layer in shape.layers)
+    tokens = recipe.windows * recipe.length
+    return [FLOAT * tokens * width for width in (shape.hidden, shape.hidden, widest)]
+
+
+def estimate_spill(shape: ModelShape, recipe: Recipe) -> int:
+    """Return bytes of hidden states that go to temporary files."""
+    return sum(size for size in list_streams(shape, recipe) if size > recipe.spill_bytes)
+
+
+def estimate_memory(shape: ModelShape, recipe: Recipe, itemsize: int) -> int:
+    """Return about the peak bytes of planning and rebuilding: one layer, its statistics, streams, embeddings."""
+    hidden = shape.hidden
+    largest = max(layer.parameters(hidden) for layer in shape.layers)
+    widest = max(max(layer.query, layer.ffn) for layer in shape.layers)
+    layer = 2 * FLOAT * largest
+    # The Gram matrix, its part for the kept units, a factor of that, and the cross products with the target.
+    statistics = DOUBLE * (3 * widest * widest + 2 * widest * hidden)
+    streams = sum(size for size in list_streams(shape, recipe) if size <= recipe.spill_bytes)
+    batch = FLOAT * BATCH_TOKENS * (3 * widest + 6 * hidden)
+    embeddings = shape.embedding_parameters * (itemsize + FLOAT)
+    return BASE_BYTES + layer + statistics + streams + batch + embeddings

@@ -1,0 +1,35 @@
+"""What a verb was asked to do, gathered from its flags (no heavy imports)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BenchSize:
+    """How speed is measured: prompt tokens, new tokens, rounds, CPU threads (None: all)."""
+
+    prompt: int = 128
+    new: int = 32
+    rounds: int = 5
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `compress` or `plan`: what to read, how, and which later stages to run."""
+
+    source: str
+    recipe: Recipe
+    text: Path | None = None
+    eval_text: Path | None = None
+    plan: Path | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    export: bool = True
+    verify: bool = True
+    bench: bool = True
+    speed: BenchSize = BenchSize()

@@ -1,0 +1,283 @@
+"""One whole run of `compress`, from the checks to the final table. Imported only by running verbs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cli.measure as speeds
+from backends.export_onnx import export_onnx
+from backends.runtime import Speed
+from backends.verify import verify_folder
+from cli.console import Console, RunFailure
+from cli.estimate import estimate_disk, estimate_memory
+from cli.measure import Model
+from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
+from cli.render import render_comparison, render_plan, render_proof
+from cli.request import BenchSize, Request
+from cli.version import read_version
+from compress.checkpoint import open_checkpoint
+from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter
+from compress.evaluate import Quality
+from compress.pipeline import Result, Task, compress_checkpoint, describe_run, new_config, storage_dtype, write_plan
+from compress.plan import Plan, plan_shape
+from compress.report import DIFFERENT, Comparison, LayerRow, PlanReport, Proof, RunReport, make_plain
+from compress.shapes import LayerShape
+from compress.spec import expected_tensors, resolve_model
+
+LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
+Scorer = Callable[[Model], dict[str, float]]
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def run_compress(request: Request, console: Console, scorer: Scorer | None = None) -> RunReport:
+    """Check, calibrate, plan, rebuild, write, export, verify and compare; `scorer` adds task accuracies.
+
+    Raises UserError before anything is written, and RunFailure when the written model is not the one in memory.
+    """
+    speeds.limit_threads(request.speed.threads)
+    clock = Clock()
+    with clock.time("check"):
+        job = prepare_job(request, console)
+    with clock.time("text"):
+        texts = gather_texts(job, console)
+    with clock.time("plan"):
+        plan = decide_plan(job, texts.calibration, console)
+    summary = report_plan(job, plan)
+    console.show(render_plan(summary))
+    output, result = write_model(job, plan, texts, clock, console)
+    try:
+        return finish_run(job, (texts, summary, result), clock, console, scorer)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"stopped; {output} holds the compressed checkpoint, not yet verified") from stop
+
+
+def report_plan(job: Job, plan: Plan) -> PlanReport:
+    """Put a plan into numbers."""
+    dense, shape = job.spec.shape, plan_shape(plan, job.spec.shape)
+    itemsize = storage_dtype(job.checkpoint, job.spec).itemsize
+    new = resolve_model(new_config(job.spec, plan), None)
+    kept = set(plan.kept_layers)
+    return PlanReport(
+        layers=tuple(make_row(row.layer, layer) for row, layer in zip(plan.layers, shape.layers, strict=True)),
+        dense_layer=make_row(0, dense.layers[0]),
+        dropped_layers=tuple(index for index in range(len(dense.layers)) if index not in kept),
+        hidden=shape.hidden,
+        dense_hidden=dense.hidden,
+        parameters=shape.parameters,
+        dense_parameters=dense.parameters,
+        bytes=itemsize * sum(count_values(size) for size in expected_tensors(new).values()),
+        dense_bytes=job.checkpoint.nbytes,
+        kept_fraction=shape.layer_parameters / dense.layer_parameters,
+        peak_memory_bytes=estimate_memory(dense, job.recipe, itemsize),
+        disk_bytes=estimate_disk(shape, 1.0, itemsize, job.request.export),
+        predicted_loss=read_prediction(plan),
+    )
+
+
+def read_prediction(plan: Plan) -> dict[str, float]:
+    """Return the predicted loss by axis; a plan edited by hand may hold anything, or nothing, in its place."""
+    noted = plan.notes.get("predicted_loss")
+    pairs = noted.items() if isinstance(noted, dict) else ()
+    return {str(axis): float(value) for axis, value in pairs if isinstance(value, int | float)}
+
+
+def make_row(index: int, layer: LayerShape) -> LayerRow:
+    """Return the sizes of one layer."""
+    return LayerRow(index, layer.query_heads, layer.kv_heads, layer.ffn)
+
+
+def count_values(shape: tuple[int, ...]) -> int:
+    """Return the number of values in a tensor."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def write_model(job: Job, plan: Plan, texts: Texts, clock: Clock, console: Console) -> tuple[Path, Result]:
+    """Rebuild the model into the output folder, which appears only when it is complete."""
+    request, recipe = job.request, job.recipe
+    assert request.output is not None
+    # A model that stays as it is needs no calibration, only a sample to prove it with.
+    windows = texts.calibration.take(2) if keeps_everything(job, plan) else texts.calibration
+    task = Task(job.checkpoint, job.spec, windows, recipe)
+    writer = CheckpointWriter(
+        request.output, new_config(job.spec, plan), recipe.shard_bytes,
+        overwrite=request.overwrite, source=job.checkpoint.folder,
+    )  # fmt: skip
+    try:
+        with writer:
+            for path in job.checkpoint.side_files():
+                writer.add_file(path)
+            with clock.time("rebuild"):
+                result = compress_checkpoint(task, plan, writer, console.progress)
+            with clock.time("hash"):
+                manifest = describe_manifest(job, plan, texts)
+            writer.add_text(MANIFEST_NAME, encode_manifest({**manifest, "seconds": clock.seconds}))
+            return writer.finish(), result
+    finally:  # an interrupt can fall between the making of the writer's folder and the block that removes it
+        shutil.rmtree(writer.work, ignore_errors=True)
+
+
+def describe_manifest(job: Job, plan: Plan, texts: Texts) -> dict[str, Any]:
+    """Return where the model came from and how it was made."""
+    source = {"path": str(job.request.source), "sha256": job.checkpoint.sha256()}
+    return {
+        "source": source,
+        **describe_run(job.recipe, texts.calibration),
+        "seed": job.recipe.seed,
+        "skipped_sink_tokens": plan.notes.get("skipped_sink_tokens", 0),
+        "versions": {"lightpress": read_version(), **list_versions()},
+        "plan": plan.to_json(),
+    }
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def encode_manifest(data: dict[str, Any]) -> str:
+    """Return a manifest as text."""
+    return json.dumps(make_plain(data), indent=2, allow_nan=False) + "\n"
+
+
+def extend_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a folder's manifest, in one rename."""
+    path = folder / MANIFEST_NAME
+    data = {**json.loads(path.read_text(encoding="utf-8")), **entries}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(encode_manifest(data), encoding="utf-8")
+    partial.replace(path)
+
+
+def finish_run(
+    job: Job, made: tuple[Texts, PlanReport, Result], clock: Clock, console: Console, scorer: Scorer | None
+) -> RunReport:
+    """Export, verify and measure the written folder, and add what was found to its manifest."""
+    texts, summary, result = made
+    request = job.request
+    assert request.output is not None
+    folder = request.output
+    written = speeds.pair_checkpoint(open_checkpoint(folder))
+    if request.export:
+        with clock.time("export"):
+            export_onnx(written[0], folder / speeds.ONNX_FOLDER, lambda *steps: console.progress("export", *steps))
+    proofs = prove_folder(folder, request, result, clock, console)
+    comparison = compare_run(job, written, texts, clock, console)
+    if scorer is not None:
+        with clock.time("score"):
+            comparison = add_accuracy(comparison, scorer((job.checkpoint, job.spec)), scorer(written))
+    report = RunReport(folder, summary, proofs, comparison, clock.seconds)
+    extend_manifest(folder, {"proofs": proofs, "metrics": comparison, "seconds": clock.seconds})
+    console.show("\n" + render_comparison(comparison))
+    for proof in proofs:
+        console.show(render_proof(proof))
+    return report
+
+
+def prove_folder(
+    folder: Path, request: Request, result: Result, clock: Clock, console: Console
+) -> tuple[Proof, ...]:
+    """Verify the written folder in fresh processes; RunFailure, with the proofs in the manifest, on a mismatch."""
+    if not request.verify:
+        return ()
+    console.note("Verifying the output in fresh processes.")
+    with clock.time("verify"):
+        proofs = verify_folder(folder, result.sample_ids, result.sample_logits, request.export)
+    wrong = [proof for proof in proofs if proof.status == DIFFERENT]
+    if wrong:
+        extend_manifest(folder, {"proofs": proofs})
+        raise RunFailure(
+            f"{folder} failed its verification with {wrong[0].runtime}: {wrong[0].reason}; do not use it, "
+            "and report this with the folder's lightpress.json."
+        )
+    return tuple(proofs)
+
+
+def compare_run(job: Job, written: Model, texts: Texts, clock: Clock, console: Console) -> Comparison:
+    """Measure dense against compressed, as far as the request asks for it."""
+    request, dense = job.request, (job.checkpoint, job.spec)
+    qualities: tuple[Quality | None, ...] = (None, None)
+    rates: list[Speed] | list[None] = [None, None]
+    notes = ["Quality: not measured, as no text was left to evaluate on.", ""]
+    if texts.evaluation is not None:
+        with clock.time("evaluate"):
+            qualities = speeds.compare_models(dense, written, texts.evaluation, console)
+        notes[0] = f"Quality: on {texts.evaluation.tokens} tokens; text: {texts.evaluation.source}."
+    if request.bench:
+        console.note("Measuring speed.")
+        runtime = "ONNX Runtime" if request.export else "torch (eager)"
+        size = speeds.fit_size(request.speed, [dense, written])
+        with clock.time("bench"):
+            rates = measure_run([dense, written], request.export, size, console)
+        notes[1] = speeds.describe_speed(rates[1], size, runtime)
+    sides = [
+        speeds.merge_metrics(model, quality, rate)
+        for model, quality, rate in zip((dense, written), qualities, rates, strict=True)
+    ]
+    return Comparison(sides[0], sides[1], *notes)
+
+
+def measure_run(models: list[Model], export: bool, size: BenchSize, console: Console) -> list[Speed]:
+    """Measure speed on ONNX Runtime, or with torch when nothing is exported."""
+    if export:
+        return speeds.measure_onnx(models, size, console)
+    return speeds.measure_eager(models, size)
+
+
+def add_accuracy(comparison: Comparison, dense: dict[str, float], compressed: dict[str, float]) -> Comparison:
+    """Return the comparison with task accuracies."""
+    assert comparison.dense is not None
+    return replace(
+        comparison,
+        dense=replace(comparison.dense, accuracy=dense),
+        compressed=replace(comparison.compressed, accuracy=compressed),
+    )
+
+
+def run_plan(request: Request, output: Path | None, overwrite: bool, console: Console) -> None:
+    """Make or read a plan, print it, and write it if a file is named."""
+    speeds.limit_threads(request.speed.threads)
+    if output is not None:
+        require_file(output, overwrite)
+    job = prepare_job(request, console)
+    plan = job.plan or decide_plan(job, gather_texts(job, console).calibration, console)
+    summary = report_plan(job, plan)
+    console.show(render_plan(summary))
+    if output is not None:
+        write_plan(plan, output)
+        console.show(
+            f"Plan written to {output}. Edit the lists of kept indices if you like, then:\n"
+            f"  lightpress compress {shlex.quote(request.source)} --plan {shlex.quote(str(output))}"
+            f"{text_flag(request)} -o OUT"
+        )
+    console.finish(make_plain({**make_plain(summary), "plan": plan.to_json(), "output": output}))
+
+
+def text_flag(request: Request) -> str:
+    """Return the --text flag that a following command needs."""
+    return f" --text {shlex.quote(str(request.text))}" if request.text else ""

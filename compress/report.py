@@ -1,0 +1,105 @@
+"""Frozen results of a run: what is printed, and what `lightpress.json` and `--json` hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+EQUAL, DIFFERENT, SKIPPED = "equal", "different", "skipped"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One model in numbers: weights, then quality, then speed; what was not measured is None."""
+
+    parameters: int
+    layer_parameters: int
+    bytes: int
+    perplexity: float | None = None
+    agreement: float | None = None
+    divergence: float | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Dense against compressed (or one model alone), on one text and one runtime; the two notes say which."""
+
+    dense: Metrics | None
+    compressed: Metrics
+    quality_note: str = ""
+    speed_note: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Logits of a written artifact, run in a fresh process, against the model that was in memory.
+
+    `max_error` and `scale` are the largest difference and the largest logit; `reason` says why a proof is missing
+    or failed.
+    """
+
+    runtime: str
+    status: str
+    max_error: float | None = None
+    scale: float | None = None
+    agreement: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One kept layer of a plan: its index in the dense model and its sizes afterwards."""
+
+    layer: int
+    query_heads: int
+    kv_groups: int
+    ffn: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan in numbers: memory and disk are estimates in bytes, the predicted loss is nats per token by axis."""
+
+    layers: tuple[LayerRow, ...]
+    dense_layer: LayerRow
+    dropped_layers: tuple[int, ...]
+    hidden: int
+    dense_hidden: int
+    parameters: int
+    dense_parameters: int
+    bytes: int
+    dense_bytes: int
+    kept_fraction: float
+    peak_memory_bytes: int
+    disk_bytes: int
+    predicted_loss: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything `compress` found out: where the output is, its plan, the proofs, dense against compressed."""
+
+    output: Path
+    plan: PlanReport
+    proofs: tuple[Proof, ...]
+    comparison: Comparison
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def make_plain(value: Any) -> Any:
+    """Return dataclasses, paths and tuples as what JSON knows; numbers that JSON does not know become null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return make_plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): make_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [make_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value

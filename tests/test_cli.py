@@ -1,0 +1,399 @@
+"""The command line as a user meets it: whole runs on tiny models, one sentence for each mistake, quick help."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from cli.app import VERBS, app
+from cli.console import PlainMeter, align_table
+from cli.render import render_plan
+from compress.report import LayerRow, PlanReport, make_plain
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "cli.app"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+SMALL = ("--windows", "6", "--length", "24", "--threads", "1")
+LEAN = ("--no-export", "--no-verify", "--no-bench")
+
+
+def write_tokenizer(folder):
+    """A word is a token: w3 .. w95 of the tiny models' vocabulary."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    words = random.Random(0)
+    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(40)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Return a function from a case to a tiny checkpoint folder with a tokenizer, which tests must not change."""
+    made = {}
+
+    def make(case):
+        if case not in made:
+            made[case] = make_checkpoint(tmp_path_factory.mktemp("models") / case, case)
+            write_tokenizer(made[case])
+        return made[case]
+
+    return make
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_json(*arguments):
+    """Run with --json; stdout must be the one object and nothing else."""
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def copy_model(source, target):
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("case", ["llama", "glm4", "gemma2"])
+def test_compress_runs_from_checkpoint_to_proof(case, model, text, tmp_path):
+    out = tmp_path / "out"
+    fewer = {"llama": (), "glm4": ("--no-bench", "--no-export"), "gemma2": ("--no-bench",)}[case]
+    report = run_json("compress", model(case), "--keep", 0.7, "--text", text, "-o", out, *SMALL, *fewer)
+    proofs = [("transformers", "equal"), ("onnxruntime", "equal")][: 1 if case == "glm4" else 2]
+    assert [(proof["runtime"], proof["status"]) for proof in report["proofs"]] == proofs
+    comparison = report["comparison"]
+    assert comparison["compressed"]["layer_parameters"] <= 0.7 * comparison["dense"]["layer_parameters"]
+    assert comparison["compressed"]["perplexity"] > 1
+    assert 0 <= comparison["compressed"]["agreement"] <= 1
+    assert bool(comparison["compressed"]["decode_tokens_per_s"]) == (case == "llama")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "lightpress.json"):
+        assert (out / name).is_file(), name
+    assert (out / "onnx" / "model.onnx").is_file() == (case != "glm4")
+    manifest = json.loads((out / "lightpress.json").read_text())
+    assert set(manifest["source"]["sha256"]) == {"config.json", "model.safetensors"}
+    assert manifest["recipe"]["keep"] == 0.7
+    assert manifest["plan"]["layers"][0]["ffn"]
+    assert manifest["metrics"]["compressed"] == comparison["compressed"]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_class_that_nobody_ships_is_proved_by_onnx_alone(model, text, tmp_path):
+    arguments = ("compress", model("pangu_sandwich"), "--text", text, "-o", tmp_path / "out", *SMALL, "--no-bench")
+    proofs = run_json(*arguments)["proofs"]
+    assert [proof["status"] for proof in proofs] == ["skipped", "equal"]
+    assert "no class" in proofs[0]["reason"]
+
+
+def test_printed_run_shows_plan_and_table(model, text, tmp_path):
+    arguments = ("--axes", "ffn", "--keep", "0.8", "--text", text, "-o", tmp_path / "out", *SMALL, *LEAN[:2])
+    done = run("compress", model("llama"), *arguments)
+    assert done.exit_code == 0, done.stderr
+    for words in ("FFN channels", "56 -> ", "perplexity", "top-1 agreement", "decode tokens/s", "torch (eager)"):
+        assert words in done.stdout
+    assert "6 calibration windows" not in done.stderr
+
+
+def test_model_samples_its_own_text(model, tmp_path):
+    out = tmp_path / "out"
+    done = run("compress", model("llama"), "--keep", 0.8, "-o", out, *SMALL, *LEAN)
+    assert done.exit_code == 0, done.stderr
+    assert "samples its own" in done.stderr
+    assert json.loads((out / "lightpress.json").read_text())["text"] == "sampled from the model itself"
+
+
+def test_keep_all_is_bit_identical(model, text, tmp_path):
+    source, out = model("llama-tied"), tmp_path / "out"
+    arguments = ("--keep", "1.0", "--text", text, "-o", out, *SMALL, *LEAN[1:])
+    report = run_json("compress", source, *arguments)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert report["comparison"]["compressed"]["divergence"] == pytest.approx(0, abs=1e-9)
+    assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_edited_plan_is_carried_out(model, text, tmp_path):
+    source, file, out = model("llama"), tmp_path / "plan.json", tmp_path / "out"
+    shown = run("plan", source, "--keep", 0.7, "--text", text, "-o", file, *SMALL)
+    assert shown.exit_code == 0, shown.stderr
+    assert f"--plan {file}" in shown.stdout
+    data = json.loads(file.read_text())
+    for row in data["layers"]:
+        row["ffn"], row["kv_groups"] = [0, 3, 5, 6, 9, 11, 20, 40], [1]
+    data["layers"] = data["layers"][:1] + data["layers"][-1:]
+    data["hidden"] = list(range(48))
+    file.write_text(json.dumps(data))
+    run_json("compress", source, "--plan", file, "--text", text, "-o", out, *SMALL, *LEAN)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_key_value_heads"], config["num_hidden_layers"]) == (8, 1, 2)
+    assert config["hidden_size"] == 48
+
+
+def test_plan_writes_nothing_unasked(model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    summary = run_json("plan", model("llama"), "--keep", 0.7, "--text", text, *SMALL)
+    assert summary["parameters"] < summary["dense_parameters"]
+    assert summary["kept_fraction"] <= 0.7
+    assert summary["plan"]["layers"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_file_gives_way_to_flags(model, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("keep: 0.9\naxes: [ffn]\nscore-tokens: 96\n")
+    shared = ("plan", model("llama"), "--text", text, "--recipe", recipe, *SMALL)
+    assert 0.8 < run_json(*shared)["kept_fraction"] <= 0.9
+    summary = run_json(*shared, "--keep", 0.7)
+    assert summary["kept_fraction"] <= 0.7
+    assert summary["layers"][0]["kv_groups"] == 3
+
+
+def test_other_verbs(model, text, tmp_path):
+    source = model("gemma2")
+    facts = run_json("inspect", source, "--check")
+    assert (facts["family"], facts["layers"], facts["tied"], facts["finite"]) == ("gemma2", 4, True, True)
+    assert facts["windows"] == [11, None, 11, None]
+    assert "2 of 4 layers see 11 tokens" in run("inspect", source).stdout
+    assert "onnx/model.onnx" in run_json("export", source, "--target", "onnx", "-o", tmp_path / "onnx")["graph"]
+    alone = run_json("evaluate", source, "--text", text, "--windows", 4, "--length", 24)
+    assert alone["dense"] is None
+    pair = run_json("evaluate", source, "--against", source, "--text", text, "--windows", 4, "--length", 24)
+    assert pair["compressed"]["agreement"] == 1
+    assert pair["compressed"]["perplexity"] == pytest.approx(alone["compressed"]["perplexity"])
+    speeds = run_json("bench", source, "--against", source, "--prompt", 8, "--new", 2, "--rounds", 1, "--threads", 1)
+    assert speeds["compressed"]["decode_tokens_per_s"] > 0
+
+
+def test_overwrite_replaces_only_when_asked(model, text, tmp_path):
+    arguments = ("compress", model("llama"), "--keep", "1", "--text", text, "-o", tmp_path / "out", *SMALL, *LEAN)
+    assert run(*arguments).exit_code == 0
+    (tmp_path / "out" / "stale").touch()
+    assert run(*arguments).exit_code == 2
+    assert (tmp_path / "out" / "stale").exists()
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert not (tmp_path / "out" / "stale").exists()
+
+
+# Mistakes
+
+
+def poison_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (poison_weights, ["up_proj", "NaN"]),
+        (truncate_weights, ["truncated"]),
+        (drop_tokenizer, ["tokenizer.json"]),
+    ],
+)
+def test_damaged_checkpoint_is_refused(damage, words, model, text, tmp_path):
+    folder = copy_model(model("llama"), tmp_path / "model")
+    damage(folder)
+    refuse(("compress", folder, "--text", text, "-o", tmp_path / "out", *SMALL), words, tmp_path / "out")
+
+
+def refuse(arguments, words, out=None):
+    done = run(*arguments)
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("lightpress: ")
+    for word in words:
+        assert word in done.stderr
+    if out is not None:
+        assert not out.exists()
+        assert not list(out.parent.glob(f".{out.name}.*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--keep", "0"], ["--keep 0"]),
+        (["--keep", "2"], ["--keep 2"]),
+        (["--keep", "much"], ["--keep"]),
+        (["--axes", "ffn,bones"], ["bones"]),
+        (["--score", "luck"], ["luck"]),
+        (["--repair", "glue"], ["glue"]),
+        (["--text", "missing.txt"], ["missing.txt"]),
+        (["--eval-text", "missing.jsonl"], ["missing.jsonl"]),
+        (["--plan", "missing.json"], ["missing.json"]),
+        (["--recipe", "missing.yaml"], ["missing.yaml"]),
+        (["--keep", "0.01", "--axes", "kv"], ["cannot be met"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_wrong_flag_is_one_sentence(flags, words, model, text, tmp_path):
+    out = tmp_path / "out"
+    given = () if "--text" in flags else ("--text", text)
+    refuse(("compress", model("llama"), *given, "-o", out, *SMALL, "--quiet", *flags), words, out)
+
+
+def test_wrong_places_are_one_sentence(model, text, tmp_path):
+    source, out = model("llama"), tmp_path / "out"
+    refuse(("compress", tmp_path / "nowhere", "--text", text, "-o", out), ["nowhere"], out)
+    (tmp_path / "file").touch()
+    refuse(("compress", source, "--text", text, "-o", tmp_path / "file" / "out"), ["cannot be written"])
+    refuse(("compress", source, "--text", text, "-o", source, "--overwrite"), ["input folder"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    refuse(("compress", source, "--text", text, "-o", tmp_path / "full"), ["not empty"])
+    refuse(("compress", source, "--text", text, "-o", tmp_path / "full", "--overwrite"), ["no config.json"])
+    refuse(("export", source, "-o", tmp_path / "full"), ["not empty"])
+    refuse(("export", source, "--target", "toaster", "-o", out), ["toaster", "onnx"], out)
+    refuse(("demo", "-o", tmp_path / "full"), ["demo"])
+    refuse(("inspcet", source), ["inspcet"])
+    assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_plan_of_another_model_is_refused(model, text, tmp_path):
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    assert run("plan", model("glm4"), "--keep", "1", "--text", text, "-o", file, *SMALL).exit_code == 0
+    data = json.loads(file.read_text())
+    data["layers"][0]["ffn"][-1] = 500
+    file.write_text(json.dumps(data))
+    refuse(("compress", model("llama"), "--text", text, "--plan", file, "-o", out, *SMALL), ["layer 0 ffn"], out)
+    refuse(("plan", model("llama"), "--text", text, "-o", file, *SMALL), ["exists"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("keeep: 0.7", ["keeep"]), ("- 0.7", ["no keys"]), ("keep: [", ["not valid YAML"]), ("keep: soon", ["type"])],
+)
+def test_wrong_recipe_is_one_sentence(content, words, model, text, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(content)
+    refuse(("compress", model("llama"), "--text", text, "-o", out, "--recipe", recipe), words, out)
+
+
+def test_failed_proof_exits_with_one(model, text, tmp_path, monkeypatch):
+    import cli.run
+    from compress.report import Proof
+
+    failed = Proof("transformers", "different", reason="logits differ")
+    monkeypatch.setattr(cli.run, "verify_folder", lambda *_: [failed])
+    arguments = ("--text", text, "-o", tmp_path / "out", *SMALL, "--no-bench", "--no-export", "--quiet")
+    done = run("compress", model("llama"), *arguments)
+    assert done.exit_code == 1
+    assert "logits differ" in done.stderr
+    assert json.loads((tmp_path / "out" / "lightpress.json").read_text())["proofs"][0]["status"] == "different"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_leaves_nothing(number, model, text, tmp_path):
+    long = ("--windows", "4000", "--length", "8", "--keep", "0.7", "--axes", "ffn")
+    command = [*COMMAND, "compress", str(model("llama")), "-o", str(tmp_path / "out"), *long, *LEAN]
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text().replace("<|endoftext|>", "") * 20)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([*command, "--text", str(big)], env=ENVIRONMENT, **pipes)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*")) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1, errors
+    assert errors.splitlines()[-1] == "lightpress: stopped; nothing was kept"
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["big.txt"]
+
+
+# Help and output
+
+
+def test_help_is_light_and_quick():
+    heavy = "torch", "numpy", "onnx", "onnxruntime", "transformers", "rich", "yaml"
+    code = (
+        "import sys; from cli.app import app\n"
+        "try: app(['compress', '--help'], prog_name='lightpress')\n"
+        f"finally: print(*[name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "--keep" in done.stdout
+    assert done.stderr.split() == []
+    # The processor's time, which a busy machine stretches less than the clock: 0.3 s of the 0.4 s allowed, and slack.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_an_example(verb):
+    done = run(verb, "--help")
+    assert done.exit_code == 0
+    for words in ("--json", "--quiet", f"lightpress {verb}"):
+        assert words in done.stdout
+
+
+def test_version_and_bare_command():
+    assert run("--version").stdout.startswith("lightpress ")
+    assert "compress" in run().stdout
+
+
+def test_plain_progress_is_sparse(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cli.console.time.monotonic", lambda: now[0])
+    meter = PlainMeter()
+    for done in range(101):
+        meter.report("calibrate", done, 100)
+        now[0] += 1.0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "calibrate: 10 of 100, about 90 s left"
+    assert lines[-1] == "calibrate: done in 100 s"
+
+
+def test_uneven_plan_is_printed_by_layer():
+    rows = (LayerRow(0, 4, 2, 16), LayerRow(2, 2, 1, 8))
+    plan = PlanReport(rows, LayerRow(0, 4, 2, 32), (1,), 8, 8, 50, 100, 200, 400, 0.5, 1, 1)
+    printed = render_plan(plan)
+    assert printed.splitlines()[1].split() == ["0", "4", "2", "32", "->", "16"]
+    assert printed.splitlines()[2].split() == ["2", "4", "->", "2", "2", "->", "1", "32", "->", "8"]
+    assert "dropped: 1." in printed
+
+
+def test_small_helpers():
+    assert align_table([("a", "bb"), ("ccc", "d")]) == "a     bb\nccc    d"
+    assert make_plain({"x": (1, float("nan")), "p": Path("a")}) == {"x": [1, None], "p": "a"}
