@@ -110,9 +110,11 @@ def rebuild_checkpoint(
     checkpoint, spec, windows = task.checkpoint, task.spec, task.windows
     with ExitStack() as stack:
         streams = open_streams(stack, spec, new, windows, task.recipe)
-        start_streams(checkpoint, spec, windows, streams, plan)
-        for role, tensor in cut_ends(checkpoint, spec, new, plan).items():
-            writer.add(new.names[role], tensor)
+        ends = cut_ends(checkpoint, spec, new, plan)
+        fill_embeddings(checkpoint, spec, windows, streams.dense)
+        start_pruned(new, windows, streams, ends["embed"])
+        for role in list(ends):
+            writer.add(new.names[role], ends.pop(role))
         job = Rebuild(checkpoint, spec, new, plan, task.recipe.repair == "lstsq", storage_types(checkpoint, spec))
         progress("rebuild", 0, len(new.layers))
         for place, weights in enumerate(rebuild_layers(job, streams)):
@@ -141,14 +143,11 @@ def open_streams(stack: ExitStack, old: ModelSpec, new: ModelSpec, windows: Wind
     return Streams(dense, pruned, inputs, torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1))
 
 
-def start_streams(
-    checkpoint: Checkpoint, old: ModelSpec, windows: Windows, streams: Streams, plan: Plan
-) -> None:
-    """Fill both streams with the embeddings; the pruned one has the kept channels."""
-    fill_embeddings(checkpoint, old, windows, streams.dense)
-    hidden = torch.tensor(plan.hidden)
+def start_pruned(new: ModelSpec, windows: Windows, streams: Streams, embed: Tensor) -> None:
+    """Fill the pruned stream with the embeddings as they are written, rounding included."""
     for start, stop in streams.spans():
-        streams.pruned.write(start, streams.dense.read(start, stop)[..., hidden])
+        rows = embed[windows.ids[start:stop]].to(torch.float32)
+        streams.pruned.write(start, rows * new.embedding_multiplier)
 
 
 def cut_ends(checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan) -> dict[str, Tensor]:
@@ -166,7 +165,7 @@ def cut_ends(checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan)
 def storage_types(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.dtype]:
     """Return the type that the checkpoint stores each role of a layer in (norms may differ from matrices)."""
     layer = spec.layers[0]
-    types = {}
+    types: dict[str, torch.dtype] = {}
     for role, name in layer.names.items():
         types |= dict.fromkeys(layer.parts.get(role, (role,)), checkpoint.tensors[name].dtype)
     return types
