@@ -44,7 +44,7 @@ def run_worker(source: str, target: str, windows: int, length: int) -> None:
     base = peak_bytes()
     checkpoint = open_checkpoint(source)
     spec = read_spec(checkpoint)
-    task = Task(checkpoint, spec, make_windows(windows, length), Recipe(keep=0.7, score_tokens=4096))
+    task = Task(checkpoint, spec, make_windows(windows, length), Recipe(keep=0.7))
     plan = plan_checkpoint(task)
     peaks = {"plan": peak_bytes()}
     with CheckpointWriter(Path(target), new_config(spec, plan)) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -60,9 +61,11 @@ class Result:
 
 
 def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
-    """Run pass 1 on the dense model and return its findings; uses at most `recipe.score_tokens` tokens."""
+    """Run pass 1 on the dense model and return its findings; uses about `recipe.score_tokens` tokens."""
     checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
-    used = windows.take(max(1, recipe.score_tokens // windows.ids.shape[1]))
+    # A Gram matrix of n inputs needs more than n tokens to be worth inverting.
+    tokens = recipe.score_tokens or max(4096, 2 * max(layer.ffn for layer in spec.shape.layers))
+    used = windows.take(math.ceil(tokens / windows.ids.shape[1]))
     with HiddenStore((*used.ids.shape, spec.shape.hidden), recipe.spill_bytes) as store:
         layers = stream_dense(checkpoint, spec, used, store, NEEDS)
         found, sums = reduce_all(spec, watch(layers, "calibrate", len(spec.layers), progress), recipe.score)

@@ -28,8 +28,8 @@ class Recipe:
     """Calibration windows."""
     length: int = 256
     """Tokens in a window; shorter when the model's context is."""
-    score_tokens: int = 8192
-    """Tokens of the first pass (scores); the second pass (repair) uses all windows."""
+    score_tokens: int = 0
+    """Tokens of the first pass (scores); 0 means twice the FFN width, at least 4096. The repair uses all windows."""
     field: str = "text"
     """Field of a .jsonl or .parquet file that holds the text."""
     seed: int = 0
@@ -48,11 +48,11 @@ class Recipe:
             raise UserError(f"--axes: '{','.join(unknown)}' is not among {','.join(AXES)}; list one or more of them.")
         if self.repair not in ("lstsq", "none"):
             raise UserError(f"--repair {self.repair} is not one of lstsq, none.")
-        for name in ("windows", "length", "score_tokens", "shard_bytes"):
+        for name in ("windows", "length", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-        if self.multiple < 0 or self.length == 1:
-            raise UserError("--multiple must be 0 (automatic) or more, and --length at least 2.")
+        if min(self.multiple, self.score_tokens) < 0 or self.length == 1:
+            raise UserError("--multiple and score_tokens must be 0 (automatic) or more, and --length at least 2.")
 
 
 def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:

@@ -10,10 +10,16 @@ from compress.stats import Moments
 RIDGE = 1e-3  # times the mean diagonal of the Gram matrix (reference/quality.md)
 
 
+def ridge_level(gram: Tensor, ridge: float = RIDGE) -> float:
+    """Return what damping adds to the diagonal: `ridge` times its mean, at least a tiny number."""
+    return max(ridge * float(gram.diagonal().mean()), 1e-12)
+
+
 def damp_gram(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the Gram matrix `[n, n]` plus `ridge` times its mean diagonal (at least a tiny number)."""
-    level = max(ridge * float(gram.diagonal().mean()), 1e-12)
-    return gram + level * torch.eye(len(gram), dtype=gram.dtype)
+    """Return the damped Gram matrix `[n, n]`."""
+    damped = gram.clone()
+    damped.diagonal().add_(ridge_level(gram, ridge))
+    return damped
 
 
 def invert_gram(gram: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -34,9 +40,8 @@ def solve_projection(
         gram = gram - moments.count * torch.outer(mean, mean)
         cross = cross - moments.count * torch.outer(mean, target)
     damped = damp_gram(gram, ridge)
-    level = float(damped[0, 0] - gram[0, 0])
     factor = torch.linalg.cholesky(damped)
-    solved = torch.cholesky_solve(cross + level * weight.double().T, factor).T
+    solved = torch.cholesky_solve(cross + ridge_level(gram, ridge) * weight.double().T, factor).T
     if bias is None:
         return solved.to(weight.dtype), None
     return solved.to(weight.dtype), (target - solved @ mean).to(weight.dtype)

@@ -72,3 +72,13 @@ def score_activations(x: Tensor, weight: Tensor, size: int) -> list[float]:
         for place, value in enumerate(token):
             scores[place // size] += float(value) ** 2 * float(weight[:, place].pow(2).sum())
     return scores
+
+
+def fit_gain(unit: Tensor, wanted: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """Per channel, the factor on `unit` that comes nearest to `wanted`, pulled towards `start` (one row per token)."""
+    pull, fitted = (ridge * len(unit)) ** 0.5, []
+    for column, target, old in zip(unit.T, wanted.T, start, strict=True):
+        rows = torch.cat((column, torch.tensor([pull]).double()))[:, None]
+        goal = torch.cat((target, (pull * old)[None]))[:, None]
+        fitted.append(torch.linalg.lstsq(rows, goal, driver="gelsd").solution[0, 0])
+    return torch.stack(fitted)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slow_twins
 import torch
 from safetensors.torch import load_file
 from test_decoder import TOLERANCE, run_decoder, run_reference
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter
+from compress.decoder import apply_norm, make_frame, project
 from compress.errors import UserError
 from compress.evaluate import fill_hidden
 from compress.family import find_family
@@ -24,9 +26,13 @@ from compress.hidden import HiddenStore, batches
 from compress.pipeline import Result, Task, compress_checkpoint, find_units, new_config, plan_checkpoint
 from compress.plan import LayerPlan, Plan, keep_everything
 from compress.recipe import Recipe
+from compress.solve import RIDGE
+from compress.spec import ModelSpec
 from compress.stats import ordinary_tokens
+from compress.surgery.rebuild import ATTENTION, MLP, Half, half_inputs
+from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
-from compress.weights import read_spec
+from compress.weights import Weights, embed_rows, read_layer, read_spec
 
 WINDOWS = Windows(torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(3)), "random")
 SMALL = Recipe(keep=0.6, multiple=8)
@@ -191,6 +197,66 @@ def test_repair_helps_on_every_axis_at_once(case: str, tmp_path: Path) -> None:
     repaired, cut = (stream_error(tmp_path / name, task, plan) for name in ("out", "plain"))
     assert repaired < 0.75 * cut
     assert repaired < 0.9
+
+
+def fit_half(half: Half, cut: Weights, x: Tensor, wanted: Tensor, scale: Tensor, model: ModelSpec) -> Weights:
+    """What the repair of one branch should give (float64): `x` `[tokens, in]` and the wanted change of the stream."""
+    weight, bias = cut[half.projection], cut.get(f"{half.projection}_bias")
+    if half.norm not in cut:
+        goal = wanted / model.residual_multiplier
+        if bias is None:
+            return {half.projection: slow_twins.fit_projection(x, goal, weight, RIDGE)}
+        fitted, shift = slow_twins.fit_with_bias(x, goal, weight, RIDGE)
+        return {half.projection: fitted, f"{half.projection}_bias": shift}
+    gain, scaled = cut[half.norm] + model.norm_offset, x * scale
+    now, tau = scaled @ weight.T, 0.3 * gain.abs().median()
+    goal = now + (wanted - gain * now) * gain / (gain**2 + tau**2)
+    fitted = slow_twins.fit_projection(scaled, goal, weight, RIDGE)
+    raw = x @ fitted.T
+    unit = raw * torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + model.eps)
+    return {
+        half.projection: fitted,
+        half.norm: slow_twins.fit_gain(unit, wanted, gain, RIDGE) - model.norm_offset,
+    }
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-biases", "granite", "glm4", "gemma2", "olmo2", "phi3"])
+def test_the_repair_is_the_least_squares_fit_to_the_dense_stream(case: str, tmp_path: Path) -> None:
+    """Both branches of the first layer, fitted from scratch on stacked data in float64."""
+    task = make_task(tmp_path, case)
+    write_result(task, HALF, tmp_path / "out")
+    out, ids, double = open_checkpoint(tmp_path / "out"), WINDOWS.ids, torch.float64
+    old, new, hidden = task.spec, read_spec(out), torch.tensor(HALF.hidden)
+    row = HALF.layers[0]
+    rows = axis_rows(old.layers[0].shape, hidden, torch.tensor(row.kv_groups), torch.tensor(row.ffn))
+    dense = read_layer(task.checkpoint, old, 0, double)
+    cut, written = slice_weights(old, dense, rows), read_layer(out, new, 0, double)
+    frame = make_frame(old, *ids.shape, 0, double)
+    d, p = embed_rows(task.checkpoint, old, ids, double), embed_rows(out, new, ids, double)
+    mask = ordinary_tokens(d)[0]
+    for half in (ATTENTION, MLP):
+        raw = project(dense, half.projection, half_inputs(old, 0, half, dense, d, frame))
+        scale = torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + old.eps)
+        d = d + apply_norm(old, dense, half.norm, raw) * old.residual_multiplier
+        x = half_inputs(new, 0, half, cut, p, frame)
+        fitted = fit_half(half, cut, x[mask], (d[..., hidden] - p)[mask], scale[mask], new)
+        for role, tensor in fitted.items():
+            torch.testing.assert_close(written[role], tensor, rtol=1e-3, atol=1e-3)
+            assert float((written[role] - cut[role]).abs().max()) > 0.03  # the fit moved it well beyond the tolerance
+        branch = apply_norm(new, written, half.norm, project(written, half.projection, x))
+        p = p + branch * new.residual_multiplier
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "olmo2", "phi3", "granite"])
+def test_a_head_size_that_config_left_out_is_written_when_it_no_longer_follows(case: str, tmp_path: Path) -> None:
+    task = open_task(make_checkpoint(tmp_path / "dense", case, head_dim=None), repair="none")
+    everything = keep_everything(task.spec.shape)
+    fewer = replace(everything, layers=tuple(replace(layer, kv_groups=(0, 2)) for layer in everything.layers))
+    for place, plan in enumerate((fewer, replace(everything, hidden=tuple(range(36))), HALF)):
+        result = write_result(task, plan, tmp_path / f"out{place}")
+        assert {layer.shape.head_dim for layer in read_spec(open_checkpoint(tmp_path / f"out{place}")).layers} == {8}
+        assert_sample_matches(result, tmp_path / f"out{place}")
+        assert_opens_in_transformers(tmp_path / f"out{place}")
 
 
 DROPS = {"first": (1, 2, 3), "middle": (0, 3), "last": (0, 1, 2), "first and last": (1, 2), "all but one": (2,)}

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from compress.solve import invert_gram
+from compress.solve import invert_gram, ridge_level
 from compress.stats import Moments
 
 
@@ -65,13 +65,14 @@ def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
     batch = max(1, len(state.units) // 64)
     order: list[int] = []
     steps = [0.0]
-    while len(state.units) > 1:
-        gone = pick_units(state, min(batch, len(state.units) - 1))
+    while state.units:
+        gone = pick_units(state, min(batch, len(state.units)))
         steps += eliminate_units(state, gone)
         order += gone
     damage = list(accumulate(steps))
-    everything = float((weight.double() @ moments.gram * weight).sum())
-    return Ranking((*order, *state.units), (*damage, max(everything, damage[-1])))
+    # With nothing left to refit, the error is the branch itself: take out the share of the damping.
+    damage[-1] = max(damage[-1] - ridge_level(moments.gram) * float(weight.double().pow(2).sum()), damage[-2])
+    return Ranking(tuple(order), tuple(damage))
 
 
 class Elimination:
@@ -95,7 +96,7 @@ class Elimination:
         """Forget `gone`, and gather what is left when a quarter of the rows is dead."""
         dead = set(gone)
         self.units = [unit for unit in self.units if unit not in dead]
-        if len(self.units) * self.size <= 0.75 * len(self.left):
+        if self.units and len(self.units) * self.size <= 0.75 * len(self.left):
             rows = self.inputs(self.units)
             self.inverse, self.left = self.inverse[rows][:, rows], self.left[rows]
             self.places = {unit: place for place, unit in enumerate(self.units)}
