@@ -249,7 +249,10 @@ def test_the_repair_is_the_least_squares_fit_to_the_dense_stream(case: str, tmp_
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "olmo2", "phi3", "granite"])
 def test_a_head_size_that_config_left_out_is_written_when_it_no_longer_follows(case: str, tmp_path: Path) -> None:
-    task = open_task(make_checkpoint(tmp_path / "dense", case, head_dim=None), repair="none")
+    folder = make_checkpoint(tmp_path / "dense", case)
+    config = {key: value for key, value in read_config(folder).items() if key != "head_dim"}
+    (folder / "config.json").write_text(json.dumps(config))
+    task = open_task(folder, repair="none")
     everything = keep_everything(task.spec.shape)
     fewer = replace(everything, layers=tuple(replace(layer, kv_groups=(0, 2)) for layer in everything.layers))
     for place, plan in enumerate((fewer, replace(everything, hidden=tuple(range(36))), HALF)):

@@ -47,7 +47,7 @@ def damage_of_order(moments: Moments, weight: Tensor, order: Tensor, size: int) 
     factor = torch.linalg.cholesky(inverse)
     steps = torch.linalg.solve_triangular(factor, weight.double().T[places], upper=False)
     per_unit = steps.pow(2).sum(1).view(-1, size).sum(1)
-    return (0.0, *per_unit.cumsum(0).tolist())
+    return sum_steps(moments, weight, [0.0, *per_unit.tolist()])
 
 
 def unit_inputs(units: Tensor, size: int) -> Tensor:
@@ -69,10 +69,14 @@ def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
         gone = pick_units(state, min(batch, len(state.units)))
         steps += eliminate_units(state, gone)
         order += gone
+    return Ranking(tuple(order), sum_steps(moments, weight, steps))
+
+
+def sum_steps(moments: Moments, weight: Tensor, steps: list[float]) -> tuple[float, ...]:
+    """Return the damage curve of single steps; with nothing left to refit the damping has no share in the error."""
     damage = list(accumulate(steps))
-    # With nothing left to refit, the error is the branch itself: take out the share of the damping.
     damage[-1] = max(damage[-1] - ridge_level(moments.gram) * float(weight.double().pow(2).sum()), damage[-2])
-    return Ranking(tuple(order), tuple(damage))
+    return tuple(damage)
 
 
 class Elimination:
