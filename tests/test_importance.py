@@ -31,6 +31,13 @@ from compress.text import Windows
 from compress.weights import embed_rows, read_spec
 
 
+def assert_curve(damage: tuple[float, ...], x: Tensor, weight: Tensor, order: tuple[int, ...], size: int) -> None:
+    """Refit errors for every k; with nothing left to refit there is no ridge, and the error is the whole output."""
+    curve = slow_twins.refit_curve(x, weight, list(order), size, RIDGE)
+    curve[-1] = float((x @ weight.T).pow(2).sum())
+    assert damage == pytest.approx(curve, rel=1e-7, abs=1e-7)
+
+
 def draw(tokens: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Correlated inputs (so that a refit matters) and a weight."""
     random = torch.Generator().manual_seed(seed)
@@ -51,9 +58,7 @@ def test_greedy_removal_equals_refits_from_scratch(size: int, seed: int) -> None
     x, weight = draw(50, 8, 5, seed)
     ranking = rank_by_obs(gather(x), weight, size)
     assert list(ranking.order) == slow_twins.remove_greedily(x, weight, size, RIDGE)
-    curve = slow_twins.refit_curve(x, weight, list(ranking.order), size, RIDGE)
-    assert ranking.damage[:-1] == pytest.approx(curve[:-1], rel=1e-7, abs=1e-7)
-    assert ranking.damage[-1] == pytest.approx(float((x @ weight.T).pow(2).sum()), rel=1e-9)
+    assert_curve(ranking.damage, x, weight, ranking.order, size)
 
 
 def test_greedy_removal_with_fewer_tokens_than_inputs() -> None:
@@ -69,8 +74,7 @@ def test_damage_of_any_order_equals_refits(size: int) -> None:
     x, weight = draw(40, 9, 4, 11)
     order = torch.randperm(9 // size, generator=torch.Generator().manual_seed(2))
     damage = damage_of_order(gather(x), weight, order, size)
-    curve = slow_twins.refit_curve(x, weight, order.tolist(), size, RIDGE)
-    assert damage == pytest.approx(curve, rel=1e-7, abs=1e-7)
+    assert_curve(damage, x, weight, tuple(order.tolist()), size)
 
 
 @pytest.mark.parametrize(("units", "size"), [(230, 1), (120, 2)])
@@ -92,9 +96,7 @@ def test_activation_ranking_equals_sums_over_tokens(size: int) -> None:
     ranking = rank_by_activation(gather(x), weight, size)
     scores = slow_twins.score_activations(x, weight, size)
     assert list(ranking.order) == sorted(range(12 // size), key=scores.__getitem__)
-    curve = slow_twins.refit_curve(x, weight, list(ranking.order), size, RIDGE)
-    assert ranking.damage[:-1] == pytest.approx(curve[:-1], rel=1e-7, abs=1e-7)
-    assert ranking.damage[-1] == pytest.approx(float((x @ weight.T).pow(2).sum()), rel=1e-9)
+    assert_curve(ranking.damage, x, weight, ranking.order, size)
 
 
 def test_greedy_beats_activation_where_inputs_repeat() -> None:
