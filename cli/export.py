@@ -11,7 +11,7 @@ from cli import options
 from cli.console import Console, format_bytes
 from compress.errors import UserError
 
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "uniform")
 
 
 def export(
@@ -23,7 +23,8 @@ def export(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Export a checkpoint for a runtime: onnx writes model.onnx with its data and the tokenizer files.
+    """Export a checkpoint for a runtime: onnx writes model.onnx with its data and the tokenizer files; uniform writes
+    an equal Hugging Face folder whose layers are zero-padded to one shape, so that stock code opens an uneven model.
 
     Example: lightpress export ./model --target onnx -o ./model/onnx
     """
@@ -34,6 +35,9 @@ def export(
         from cli.prepare import check_weights
         from compress.checkpoint import open_checkpoint
 
+        if target == "uniform":
+            export_uniform(source, output, overwrite, console)
+            return
         check_folder(output, Path(source), overwrite)
         checkpoint = open_checkpoint(source)
         check_weights(checkpoint, console)
@@ -41,6 +45,28 @@ def export(
         sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
         console.show(f"{graph} written: {len(sizes)} files, {format_bytes(sum(sizes.values()))}.")
         console.finish({"graph": str(graph), "files": sizes})
+
+
+def export_uniform(source: str, output: Path, overwrite: bool, console: Console) -> None:
+    """Write the zero-padded uniform copy of a checkpoint."""
+    from cli.prepare import check_weights
+    from compress.checkpoint import open_checkpoint
+    from compress.checkpoint_writer import CheckpointWriter, check_output
+    from compress.surgery.pad import uniform_config, write_padded
+    from compress.weights import read_spec
+
+    checkpoint = open_checkpoint(source)
+    spec = read_spec(checkpoint)
+    config = uniform_config(spec)
+    check_output(output, checkpoint.folder, overwrite)
+    check_weights(checkpoint, console)
+    with CheckpointWriter(output, config, overwrite=overwrite, source=checkpoint.folder) as writer:
+        write_padded(checkpoint, spec, writer)
+        for path in checkpoint.side_files():
+            writer.add_file(path)
+        writer.finish()
+    console.show(f"{output} written: every layer padded with zeros to the shape of the widest.")
+    console.finish({"folder": str(output), "config": config})
 
 
 def check_folder(output: Path, source: Path, overwrite: bool) -> None:
