@@ -26,6 +26,8 @@ def compress(
     length: options.Length = None,
     field: options.Field = None,
     seed: options.Seed = None,
+    shard_bytes: options.ShardBytes = None,
+    spill_bytes: options.SpillBytes = None,
     recipe: options.RecipeFile = None,
     plan: options.PlanFile = None,
     eval_text: options.EvalText = None,
@@ -44,6 +46,7 @@ def compress(
     flags = {
         "keep": keep, "axes": axes, "multiple": multiple, "score": score, "repair": repair,
         "windows": windows, "length": length, "field": field, "seed": seed,
+        "shard_bytes": shard_bytes, "spill_bytes": spill_bytes,
     }  # fmt: skip
     request = Request(
         source, options.read_recipe(recipe, flags), text, eval_text, plan, output, overwrite,

@@ -41,6 +41,8 @@ WindowCount = Annotated[int | None, recipe_option("windows", "Calibration window
 Length = Annotated[int | None, recipe_option("length", "Tokens in a window.")]
 Field = Annotated[str | None, recipe_option("field", "Field of a .jsonl or .parquet file that holds the text.")]
 Seed = Annotated[int | None, recipe_option("seed", "Seed of text that the model samples.")]
+ShardBytes = Annotated[int | None, recipe_option("shard_bytes", "Largest size of one weight file, in bytes.")]
+SpillBytes = Annotated[int | None, recipe_option("spill_bytes", "Hidden states above so many bytes go to a file.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file with the same keys as the flags; a flag goes before it.")
 ]

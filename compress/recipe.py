@@ -51,8 +51,8 @@ class Recipe:
         for name in ("windows", "length", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-        if min(self.multiple, self.score_tokens) < 0 or self.length == 1:
-            raise UserError("--multiple and score_tokens must be 0 (automatic) or more, and --length at least 2.")
+        if min(self.multiple, self.score_tokens, self.spill_bytes) < 0 or self.length == 1:
+            raise UserError("--multiple, score_tokens and spill_bytes must not be negative, and --length at least 2.")
 
 
 def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
