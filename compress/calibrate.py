@@ -94,9 +94,10 @@ def start_stats(spec: ModelSpec, index: int, weights: Weights, needs: frozenset[
 def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, needs: frozenset[str]) -> Tensor:
     """Run one layer over `x` `[batch, sequence, hidden]`, add its statistics, return the stream after it."""
     weights, layer = stats.weights, spec.layers[stats.index]
-    mask, sinks = ordinary_tokens(x)
+    mask, sinks = ordinary_tokens(x, skip_first=False)
     stats.sinks += sinks
-    stats.massive |= set(x[~mask].abs().argmax(-1).tolist()) if sinks else set()
+    stats.massive |= set(x[~mask].abs().argmax(-1).tolist())
+    mask[:, 0] &= x.shape[1] == 1  # the first token is left out even where it is no sink
     context, _ = attention_context(spec, layer, weights, x, frame)
     middle = x + attention_branch(spec, weights, context)
     if ATTENTION in needs:

@@ -251,8 +251,17 @@ def build_family(data: Mapping[str, Any], where: str) -> Family:
     built["model"] = build_tensors(data["model"], where, "model")
     built["layer"] = build_tensors(data["layer"], where, "layer")
     built["kinds"] = tuple(build_kind(kind, where) for kind in data["kinds"])
-    built["feeds"] = {norm: tuple(readers) for norm, readers in data.get("feeds", {}).items()}
+    built["feeds"] = build_feeds(data.get("feeds", {}), where)
     return Family(**built)
+
+
+def build_feeds(data: Mapping[str, Any], where: str) -> dict[str, tuple[str, ...]]:
+    """Build norm -> projections that read it; every role must be known."""
+    for norm, readers in data.items():
+        unknown = [role for role in (norm, *readers) if role not in ROLE_AXES]
+        if unknown:
+            raise UserError(f"{where}: unknown tensor role '{unknown[0]}' in [feeds].")
+    return {norm: tuple(readers) for norm, readers in data.items()}
 
 
 def merge_tables(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,14 +302,19 @@ def load_families() -> dict[str, Family]:
     return families
 
 
+def name_likeness(given: str, known: str) -> tuple[bool, float]:
+    """Return how alike two model types are: a common beginning counts before the share of equal letters."""
+    begins = bool(given) and (known.startswith(given) or given.startswith(known))
+    return begins, difflib.SequenceMatcher(None, given, known).ratio()
+
+
 def find_family(config: Mapping[str, Any], where: str) -> Family:
     """Return the family of a config.json by its `model_type`; an unknown one is refused, naming the nearest."""
     model_type = str(config.get("model_type", ""))
     known = {kind: family for family in load_families().values() for kind in family.model_types}
     if model_type in known:
         return known[model_type]
-    near = difflib.get_close_matches(model_type.lower(), [kind.lower() for kind in known], n=1, cutoff=0.0)
-    nearest = next(kind for kind in known if kind.lower() == near[0]) if near else "none"
+    nearest = max(known, key=lambda kind: name_likeness(model_type.lower(), kind.lower()))
     raise UserError(
         f"{where}: model type '{model_type}' is not a family Lightpress knows (nearest: '{nearest}'); known are "
         f"{', '.join(sorted(known))}; if the tensors are the same, set model_type in a copy of config.json."

@@ -6,37 +6,36 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
+
 
 class HiddenStore:
-    """Float32 values `[windows, length, width]`; use in a `with` block, which removes the file it may hold."""
+    """Float32 values `[windows, length, width]`; use in a `with` block, which frees them.
+
+    Raises UserError when the temporary folder has no room for the file.
+    """
 
     def __init__(self, shape: tuple[int, ...], spill_bytes: int = 2**30) -> None:
         """Allocate memory, or a file in the temporary folder when more than `spill_bytes` are needed."""
         windows, length, width = shape
         self.shape = (windows, length, width)
         size = 4 * windows * length * width
-        self._path: Path | None = None
         self._map: mmap.mmap | None = None
         if size <= spill_bytes:
             self._flat = torch.empty(size // 4)
             return
-        handle, name = tempfile.mkstemp(prefix="lightpress-", suffix=".stream")
-        self._path = Path(name)
-        os.truncate(handle, size)
-        self._map = mmap.mmap(handle, size)
-        os.close(handle)
+        self._map = map_file(size)
         self._flat = torch.frombuffer(self._map, dtype=torch.float32)
 
     @property
     def spilled(self) -> bool:
         """True when the values live in a file."""
-        return self._path is not None
+        return self._map is not None
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return a copy of windows `start:stop`."""
@@ -68,10 +67,21 @@ class HiddenStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flat = torch.empty(0)
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            self._path = None
+        self._flat, self._map = torch.empty(0), None
+
+
+def map_file(size: int) -> mmap.mmap:
+    """Map a nameless temporary file of `size` bytes: it goes with the process, however that ends."""
+    with tempfile.TemporaryFile(prefix="lightpress-") as file:
+        try:
+            # Reserved now, since a full disk would otherwise kill the process at some later write.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()} has no room for {size / 2**30:.2f} GiB of hidden states "
+                f"({error.strerror}); set TMPDIR to a larger disk, or give fewer --windows."
+            ) from error
+        return mmap.mmap(file.fileno(), size)
 
 
 def batches(windows: int, length: int, tokens: int = 2048) -> Iterator[tuple[int, int]]:

@@ -327,7 +327,10 @@ def test_stopped_run_leaves_nothing(number, model, text, tmp_path):
     big = tmp_path / "big.txt"
     big.write_text(text.read_text().replace("<|endoftext|>", "") * 20)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    child = subprocess.Popen([*command, "--text", str(big)], env=ENVIRONMENT, **pipes)
+    # A test run in the background inherits an ignored SIGINT; and the signal may land while the library copies a file.
+    quiet = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    child = subprocess.Popen([*command, "--text", str(big)], env=quiet, preexec_fn=listen, **pipes)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -199,7 +199,8 @@ def make_target(job: Rebuild, half: Half, cut: Weights) -> Callable[[Tensor, Ten
     if half.norm not in cut:
         return lambda wanted, scaled, scale: wanted / factor
     gain = (cut[half.norm] + job.new.norm_offset) * factor
-    damped = gain / (gain.pow(2) + (SMALL_GAIN * gain.abs().median()) ** 2)
+    floor = (SMALL_GAIN * gain.abs().median()).clamp_min(torch.finfo(gain.dtype).tiny ** 0.5)
+    damped = gain / (gain.pow(2) + floor**2)
     weight, bias = cut[half.projection].clone(), cut.get(f"{half.projection}_bias")
 
     def target(wanted: Tensor, scaled: Tensor, scale: Tensor) -> Tensor:

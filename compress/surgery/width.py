@@ -8,12 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from compress.family import NORM_ROLES
 from compress.shapes import LayerShape
 from compress.spec import ModelSpec, role_axes
 from compress.surgery.norms import rescale_norm
 
 Weights = dict[str, Tensor]
-NORMS = ("attn_in", "attn_out", "mlp_in", "mlp_out", "final_norm", "q_norm", "k_norm")
+# Norms over the hidden width. A qk-norm over all heads keeps its weights: heads go by what they put out, so those
+# that go carry average energy in q and k, and the mean square of the rest stays what it was.
+NORMS = (*NORM_ROLES, "final_norm")
 
 
 def head_rows(groups: Tensor, heads: int, head_dim: int) -> Tensor:
