@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ __all__ = ["Proof", "verify_folder"]
 # All sides compute in float32 from the same stored weights and differ in the order of their sums only: deep models
 # reach 1e-5 to 1e-4 of the largest logit, while one wrong tensor moves logits by a tenth of it or more.
 TOLERANCE = 1e-3
+OLDEST_TRANSFORMERS = 5  # older ones lack some families and name their options differently
 TRANSFORMERS, ONNXRUNTIME = "transformers", "onnxruntime"
 ONNX_FOLDER = "onnx"
 ERROR_PREFIX = "verify: "
@@ -57,6 +60,8 @@ def prove_runtime(runtime: str, folder: Path, sample: Path) -> Proof:
         return Proof(runtime, SKIPPED, reason=reason)
     command = [sys.executable, "-P", "-m", "backends.verify", runtime, str(folder), str(sample)]
     ran = subprocess.run(command, env=make_environment(), capture_output=True, text=True, check=False)
+    if ran.returncode == -signal.SIGKILL:
+        return Proof(runtime, SKIPPED, reason="its process was killed, probably for lack of memory")
     if ran.returncode:
         return Proof(runtime, DIFFERENT, reason=f"it does not open the folder ({find_error(ran.stderr)})")
     return judge(runtime, **json.loads(ran.stdout.splitlines()[-1]))
@@ -66,6 +71,8 @@ def explain_skip(folder: Path) -> str:
     """Return why transformers is not asked, or nothing when it is."""
     if find_spec("transformers") is None:
         return "transformers is not installed"
+    if int(version("transformers").split(".")[0]) < OLDEST_TRANSFORMERS:
+        return f"the installed transformers is older than {OLDEST_TRANSFORMERS}"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not find_family(config, str(folder)).stock:
         return f"transformers has no class for {config.get('model_type')}"

@@ -48,6 +48,7 @@ def compress(
         "windows": windows, "length": length, "field": field, "seed": seed,
         "shard_bytes": shard_bytes, "spill_bytes": spill_bytes,
     }  # fmt: skip
+    options.refuse_plan_flags(plan, flags)
     request = Request(
         source, options.read_recipe(recipe, flags), text, eval_text, plan, output, overwrite,
         export=not no_export, verify=not no_verify, bench=not no_bench, speed=BenchSize(threads=threads),

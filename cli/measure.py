@@ -16,6 +16,7 @@ from backends.runtime import Speed, measure_all
 from cli.console import Console
 from cli.request import BenchSize
 from compress.checkpoint import Checkpoint
+from compress.checkpoint_writer import MANIFEST_NAME
 from compress.errors import UserError
 from compress.evaluate import Quality, compare_quality
 from compress.report import Metrics
@@ -51,7 +52,8 @@ def measure_onnx(models: Sequence[Model], size: BenchSize, console: Console) -> 
 def find_export(stack: ExitStack, checkpoint: Checkpoint, console: Console) -> Path:
     """Return the folder of a checkpoint's ONNX graph, exporting to a temporary one where there is none."""
     folder = checkpoint.folder / ONNX_FOLDER
-    if (folder / GRAPH_NAME).is_file():
+    # Many published folders ship a graph of their own, quantised or stale: only one that Lightpress wrote is measured.
+    if (folder / GRAPH_NAME).is_file() and (checkpoint.folder / MANIFEST_NAME).is_file():
         return folder
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightpress-bench-")))
     export_onnx(checkpoint, scratch, lambda done, total: console.progress("export", done, total))

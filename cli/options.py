@@ -56,6 +56,16 @@ New = Annotated[int, typer.Option("--new", min=1, help="Tokens decoded after it.
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")]
 
 
+PLAN_KEYS = ("keep", "axes", "multiple", "score")
+
+
+def refuse_plan_flags(plan: Path | None, flags: dict[str, Any]) -> None:
+    """Raise UserError when a plan file meets flags that would make another plan."""
+    given = [f"--{name}" for name in PLAN_KEYS if flags.get(name) is not None]
+    if plan is not None and given:
+        raise UserError(f"{plan} already says what goes: leave out {', '.join(given)}, or make a new plan with them.")
+
+
 def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """Return the recipe of a YAML file, or of the defaults, overridden by flags that are not None."""
     return merge_recipe({} if path is None else read_recipe_file(path), flags)

@@ -44,6 +44,7 @@ def plan(
         "keep": keep, "axes": axes, "multiple": multiple, "score": score, "repair": repair,
         "windows": windows, "length": length, "field": field, "seed": seed,
     }  # fmt: skip
+    options.refuse_plan_flags(plan_file, flags)
     request = Request(
         source, options.read_recipe(recipe, flags), text,
         plan=plan_file, export=not no_export, speed=BenchSize(threads=threads),

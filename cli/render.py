@@ -60,6 +60,9 @@ def list_plan_notes(plan: PlanReport) -> list[str]:
     if axes:
         parts = ", ".join(f"{axis} {value:.3f}" for axis, value in axes.items())
         notes.append(f"Predicted loss before repair: {sum(axes.values()):.3f} nats per token ({parts}).")
+    if plan.skipped_sinks or plan.pinned_channels:
+        seen = f"{plan.skipped_sinks} sink tokens left out of the statistics"
+        notes.append(f"Attention sinks: {seen}, {plan.pinned_channels} channels with massive activations pinned.")
     memory, disk = format_bytes(plan.peak_memory_bytes), format_bytes(plan.disk_bytes)
     notes.append(f"Compressing needs about {memory} of memory and {disk} of disk.")
     return notes

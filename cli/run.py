@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import cli.measure as speeds
 from backends.export_onnx import export_onnx
 from backends.runtime import Speed
 from backends.verify import verify_folder
+from cli import options
 from cli.console import Console, RunFailure
 from cli.estimate import estimate_disk, estimate_memory
 from cli.measure import Model
@@ -35,6 +37,7 @@ from compress.shapes import LayerShape
 from compress.spec import expected_tensors, resolve_model
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
+UNDERSHOOT = 0.05  # share of the parameters that a plan may remove beyond what was asked for without a word
 Scorer = Callable[[Model], dict[str, float]]
 
 
@@ -65,13 +68,24 @@ def run_compress(request: Request, console: Console, scorer: Scorer | None = Non
         texts = gather_texts(job, console)
     with clock.time("plan"):
         plan = decide_plan(job, texts.calibration, console)
+    summary = show_plan(job, plan, console)
+    output, proofs = write_model(job, plan, texts, clock, console)
+    try:
+        return finish_run(job, (texts, summary, proofs), clock, console, scorer)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"stopped; {output} is complete, but not yet compared with the dense model") from stop
+
+
+def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
+    """Print a plan, with a warning when the allowed steps took much more than was asked for."""
     summary = report_plan(job, plan)
     console.show(render_plan(summary))
-    output, result = write_model(job, plan, texts, clock, console)
-    try:
-        return finish_run(job, (texts, summary, result), clock, console, scorer)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"stopped; {output} holds the compressed checkpoint, not yet verified") from stop
+    if job.request.plan is None and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:
+        console.warn(
+            f"the allowed steps go down to {summary.kept_fraction:.2f} instead of {job.recipe.keep:g}; "
+            "a smaller --multiple or more --axes come closer."
+        )
+    return summary
 
 
 def report_plan(job: Job, plan: Plan) -> PlanReport:
@@ -88,12 +102,14 @@ def report_plan(job: Job, plan: Plan) -> PlanReport:
         dense_hidden=dense.hidden,
         parameters=shape.parameters,
         dense_parameters=dense.parameters,
-        bytes=itemsize * sum(count_values(size) for size in expected_tensors(new).values()),
+        bytes=itemsize * sum(math.prod(size) for size in expected_tensors(new).values()),
         dense_bytes=job.checkpoint.nbytes,
         kept_fraction=shape.layer_parameters / dense.layer_parameters,
         peak_memory_bytes=estimate_memory(dense, job.recipe, itemsize),
         disk_bytes=estimate_disk(shape, 1.0, itemsize, job.request.export),
         predicted_loss=read_prediction(plan),
+        skipped_sinks=read_count(plan, "skipped_sink_tokens"),
+        pinned_channels=read_count(plan, "pinned_channels"),
     )
 
 
@@ -104,21 +120,21 @@ def read_prediction(plan: Plan) -> dict[str, float]:
     return {str(axis): float(value) for axis, value in pairs if isinstance(value, int | float)}
 
 
+def read_count(plan: Plan, key: str) -> int:
+    """Return a number, or the length of a list, that a plan notes."""
+    noted = plan.notes.get(key)
+    return noted if isinstance(noted, int) else len(noted) if isinstance(noted, list) else 0
+
+
 def make_row(index: int, layer: LayerShape) -> LayerRow:
     """Return the sizes of one layer."""
     return LayerRow(index, layer.query_heads, layer.kv_heads, layer.ffn)
 
 
-def count_values(shape: tuple[int, ...]) -> int:
-    """Return the number of values in a tensor."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def write_model(job: Job, plan: Plan, texts: Texts, clock: Clock, console: Console) -> tuple[Path, Result]:
-    """Rebuild the model into the output folder, which appears only when it is complete."""
+def write_model(
+    job: Job, plan: Plan, texts: Texts, clock: Clock, console: Console
+) -> tuple[Path, tuple[Proof, ...]]:
+    """Rebuild, export and prove the model in a hidden folder, which becomes the output by one rename."""
     request, recipe = job.request, job.recipe
     assert request.output is not None
     # A model that stays as it is needs no calibration, only a sample to prove it with.
@@ -136,18 +152,36 @@ def write_model(job: Job, plan: Plan, texts: Texts, clock: Clock, console: Conso
                 result = compress_checkpoint(task, plan, writer, console.progress)
             with clock.time("hash"):
                 manifest = describe_manifest(job, plan, texts)
-            writer.add_text(MANIFEST_NAME, encode_manifest({**manifest, "seconds": clock.seconds}))
-            return writer.finish(), result
+            hidden = writer.seal()
+            proofs = prepare_artifact(hidden, job, result, clock, console)
+            writer.add_text(MANIFEST_NAME, encode_manifest({**manifest, "proofs": proofs}))
+            return writer.finish(), proofs
     finally:  # an interrupt can fall between the making of the writer's folder and the block that removes it
         shutil.rmtree(writer.work, ignore_errors=True)
+
+
+def prepare_artifact(
+    folder: Path, job: Job, result: Result, clock: Clock, console: Console
+) -> tuple[Proof, ...]:
+    """Export the sealed folder to ONNX and prove both; RunFailure on a mismatch, and then nothing is kept."""
+    request = job.request
+    if request.export:
+        with clock.time("export"):
+            written = open_checkpoint(folder)
+            export_onnx(written, folder / speeds.ONNX_FOLDER, lambda *steps: console.progress("export", *steps))
+    return prove_folder(folder, request, result, clock, console)
 
 
 def describe_manifest(job: Job, plan: Plan, texts: Texts) -> dict[str, Any]:
     """Return where the model came from and how it was made."""
     source = {"path": str(job.request.source), "sha256": job.checkpoint.sha256()}
+    run = describe_run(job.recipe, texts.calibration)
+    if job.request.plan is not None:  # what would have made a plan was not used
+        run["recipe"] = {key: value for key, value in run["recipe"].items() if key not in options.PLAN_KEYS}
+        run["plan_file"] = str(job.request.plan)
     return {
         "source": source,
-        **describe_run(job.recipe, texts.calibration),
+        **run,
         "seed": job.recipe.seed,
         "skipped_sink_tokens": plan.notes.get("skipped_sink_tokens", 0),
         "versions": {"lightpress": read_version(), **list_versions()},
@@ -175,24 +209,20 @@ def extend_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def finish_run(
-    job: Job, made: tuple[Texts, PlanReport, Result], clock: Clock, console: Console, scorer: Scorer | None
+    job: Job, made: tuple[Texts, PlanReport, tuple[Proof, ...]], clock: Clock, console: Console, scorer: Scorer | None
 ) -> RunReport:
-    """Export, verify and measure the written folder, and add what was found to its manifest."""
-    texts, summary, result = made
+    """Measure the written folder against the dense model, and add what was found to its manifest."""
+    texts, summary, proofs = made
     request = job.request
     assert request.output is not None
     folder = request.output
     written = speeds.pair_checkpoint(open_checkpoint(folder))
-    if request.export:
-        with clock.time("export"):
-            export_onnx(written[0], folder / speeds.ONNX_FOLDER, lambda *steps: console.progress("export", *steps))
-    proofs = prove_folder(folder, request, result, clock, console)
     comparison = compare_run(job, written, texts, clock, console)
     if scorer is not None:
         with clock.time("score"):
             comparison = add_accuracy(comparison, scorer((job.checkpoint, job.spec)), scorer(written))
     report = RunReport(folder, summary, proofs, comparison, clock.seconds)
-    extend_manifest(folder, {"proofs": proofs, "metrics": comparison, "seconds": clock.seconds})
+    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds})
     console.show("\n" + render_comparison(comparison))
     for proof in proofs:
         console.show(render_proof(proof))
@@ -202,7 +232,7 @@ def finish_run(
 def prove_folder(
     folder: Path, request: Request, result: Result, clock: Clock, console: Console
 ) -> tuple[Proof, ...]:
-    """Verify the written folder in fresh processes; RunFailure, with the proofs in the manifest, on a mismatch."""
+    """Verify the written folder in fresh processes; RunFailure on a mismatch."""
     if not request.verify:
         return ()
     console.note("Verifying the output in fresh processes.")
@@ -210,10 +240,9 @@ def prove_folder(
         proofs = verify_folder(folder, result.sample_ids, result.sample_logits, request.export)
     wrong = [proof for proof in proofs if proof.status == DIFFERENT]
     if wrong:
-        extend_manifest(folder, {"proofs": proofs})
         raise RunFailure(
-            f"{folder} failed its verification with {wrong[0].runtime}: {wrong[0].reason}; do not use it, "
-            "and report this with the folder's lightpress.json."
+            f"The output failed its verification with {wrong[0].runtime}: {wrong[0].reason}; nothing was kept. "
+            "Please report this with the plan (`lightpress plan`); --no-verify writes the folder all the same."
         )
     return tuple(proofs)
 
@@ -266,8 +295,7 @@ def run_plan(request: Request, output: Path | None, overwrite: bool, console: Co
         require_file(output, overwrite)
     job = prepare_job(request, console)
     plan = job.plan or decide_plan(job, gather_texts(job, console).calibration, console)
-    summary = report_plan(job, plan)
-    console.show(render_plan(summary))
+    summary = show_plan(job, plan, console)
     if output is not None:
         write_plan(plan, output)
         console.show(

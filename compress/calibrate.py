@@ -22,7 +22,7 @@ from compress.decoder import (
 )
 from compress.hidden import HiddenStore, batches
 from compress.spec import ModelSpec
-from compress.stats import BlockSums, ChannelSums, Moments, ordinary_tokens
+from compress.stats import SINK_RATIO, BlockSums, ChannelSums, Moments, ordinary_tokens
 from compress.text import Windows
 from compress.weights import Weights, embed_rows, read_layer, read_norm
 
@@ -96,7 +96,7 @@ def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, n
     weights, layer = stats.weights, spec.layers[stats.index]
     mask, sinks = ordinary_tokens(x, skip_first=False)
     stats.sinks += sinks
-    stats.massive |= set(x[~mask].abs().argmax(-1).tolist())
+    stats.massive |= massive_channels(x[~mask])
     mask[:, 0] &= x.shape[1] == 1  # the first token is left out even where it is no sink
     context, _ = attention_context(spec, layer, weights, x, frame)
     middle = x + attention_branch(spec, weights, context)
@@ -112,6 +112,13 @@ def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, n
     stats.mlp_block.update(middle[mask], after[mask])
     stats.block.update(x[mask], after[mask])
     return after
+
+
+def massive_channels(sinks: Tensor) -> set[int]:
+    """Return the channels that make tokens `[tokens, hidden]` sinks; they act as constant biases (methods 7.4)."""
+    size = sinks.abs()
+    massive = size > SINK_RATIO * size.median(-1, keepdim=True).values
+    return set(massive.any(0).nonzero().flatten().tolist())
 
 
 def add_inputs(

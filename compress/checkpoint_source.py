@@ -215,6 +215,8 @@ def _list_indexed(folder: Path) -> list[TensorInfo]:
     mapping = _read_weight_map(folder)
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(mapping.values())):
+        if Path(file).name != file:
+            raise UserError(f"The index of {folder} names {file}, which is no file of that folder; download it again.")
         if not (folder / file).is_file():
             raise UserError(f"{folder} lacks the shard {file} that its index names; download it again.")
         headers[file] = {info.name: info for info in read_header(folder / file)}

@@ -129,8 +129,11 @@ class CheckpointWriter:
         """Write a UTF-8 text file."""
         (self._work / name).write_text(text, encoding="utf-8")
 
-    def finish(self) -> Path:
-        """Complete the shards, index and config.json, sync, and move the folder into place; ValueError if empty."""
+    def seal(self) -> Path:
+        """Complete the shards, index and config.json and sync; return the still hidden folder. ValueError if empty.
+
+        Other stages may then read it, prove it and add to it before `finish`.
+        """
         if not self._weight_map:
             raise ValueError("no tensor was added")
         self._seal_shard()
@@ -139,6 +142,13 @@ class CheckpointWriter:
         self.add_text(CONFIG_NAME, json.dumps(self._config, indent=2) + "\n")
         _sync_path(self._work / CONFIG_NAME)
         _sync_path(self._work)
+        return self._work
+
+    def finish(self) -> Path:
+        """Seal the folder if that is still to be done, sync it, and move it into place; ValueError if empty."""
+        if not (self._work / CONFIG_NAME).exists():
+            self.seal()
+        _sync_tree(self._work)
         _move_into_place(self._work, self._folder, self._overwrite)
         return self._folder
 

@@ -75,7 +75,8 @@ def map_file(size: int) -> mmap.mmap:
     with tempfile.TemporaryFile(prefix="lightpress-") as file:
         try:
             # Reserved now, since a full disk would otherwise kill the process at some later write.
-            os.posix_fallocate(file.fileno(), 0, size)
+            reserve = getattr(os, "posix_fallocate", lambda handle, _, length: os.truncate(handle, length))
+            reserve(file.fileno(), 0, size)
         except OSError as error:
             raise UserError(
                 f"{tempfile.gettempdir()} has no room for {size / 2**30:.2f} GiB of hidden states "

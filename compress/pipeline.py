@@ -77,8 +77,11 @@ def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
 def watch(layers: Iterator[LayerStats], stage: str, total: int, progress: Progress) -> Iterator[LayerStats]:
     """Pass items through, reporting each."""
     progress(stage, 0, total)
-    for done, layer in enumerate(layers, 1):
+    done = 0  # enumerate would hold the layer that it gave out last
+    for layer in layers:
         yield layer
+        del layer
+        done += 1
         progress(stage, done, total)
 
 
@@ -184,9 +187,7 @@ def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:
     if task.recipe.keep == 1:
         return keep_everything(task.spec.shape)
     findings = find_units(task, progress)
-    # One axis alone needs no exchange rate between axes.
-    several = len(task.recipe.axes) > 1
-    weights = weigh_axes(task.checkpoint, task.spec, findings, task.windows) if several else {}
+    weights = weigh_axes(task.checkpoint, task.spec, findings, task.windows, task.recipe.axes)
     return make_plan(task.spec, findings, task.recipe, weights)
 
 

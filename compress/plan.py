@@ -16,6 +16,7 @@ from compress.shapes import LayerShape, ModelShape
 from compress.spec import ModelSpec, find_writer
 
 VERSION = 1
+OBSERVED = ("dense_shape", "pinned_channels", "scored_tokens", "skipped_sink_tokens")
 # Accelerators and vector units work on tiles of 16 (reference: ascend tiles, AVX-512 lanes of float32).
 DEFAULT_MULTIPLE = 16
 # Loss grows faster than damage: 1.15 to 1.3 on FFN, KV and depth of the models we measured (benchmarks/damage.py).
@@ -72,12 +73,23 @@ def read_plan(path: Path, shape: ModelShape) -> Plan:
         raise UserError(f"{path}: is not a readable plan file ({error}).") from error
     if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("layers"), list):
         raise UserError(f"{path}: is not a plan of version {VERSION}; make one with `lightpress plan`.")
+    made_for = data.get("dense_shape")
+    if made_for is not None and made_for != outline_shape(shape):
+        raise UserError(f"{path}: was made for another model ({made_for}, this one is {outline_shape(shape)}).")
     hidden = check_indices(data.get("hidden"), shape.hidden, f"{path}: hidden")
     places = [row.get("layer") if isinstance(row, dict) else None for row in data["layers"]]
     check_indices(places, len(shape.layers), f"{path}: layers")
     layers = tuple(read_layer_plan(row, shape.layers[row["layer"]], path) for row in data["layers"])
-    notes = {key: value for key, value in data.items() if key not in ("version", "hidden", "layers")}
+    # What was predicted for the plan as it was made does not hold for an edited one; what was seen does.
+    notes = {key: data[key] for key in OBSERVED if key in data}
     return Plan(hidden, layers, notes)
+
+
+def outline_shape(shape: ModelShape) -> dict[str, int]:
+    """Return the sizes by which a plan knows the model that it was made for."""
+    layer = shape.layers[0]
+    sizes = {"layers": len(shape.layers), "hidden": shape.hidden, "kv_groups": layer.kv_heads, "ffn": layer.ffn}
+    return {**sizes, "vocabulary": shape.vocab}
 
 
 def read_layer_plan(row: dict[str, Any], layer: LayerShape, path: Path) -> LayerPlan:
@@ -119,7 +131,11 @@ def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe, weights: Mapp
             f"--keep {recipe.keep:g} cannot be met by pruning {','.join(recipe.axes)} in allowed steps; "
             "allow more --axes, a smaller --multiple, or keep more."
         )
-    losses = [predict_loss(axis_damage(findings, candidate), weights) for candidate in candidates]
+    # The damage of a hidden width is a sum over all norms: once per width, not once per candidate.
+    hidden = {width: findings.hidden_damage(width) for width in {candidate.hidden for candidate in candidates}}
+    losses = [
+        predict_loss(axis_damage(findings, candidate, hidden[candidate.hidden]), weights) for candidate in candidates
+    ]
     best, predicted = min(zip(candidates, losses, strict=True), key=lambda pair: sum(pair[1].values()))
     plan = fill_plan(spec, findings, best)
     return replace(plan, notes=describe_choice(spec, findings, plan, predicted))
@@ -174,14 +190,17 @@ def writable(spec: ModelSpec, shape: ModelShape, groups: int, ffn: int) -> bool:
     return find_writer(spec, sized) is not None
 
 
-def axis_damage(findings: Findings, candidate: Candidate) -> dict[str, float]:
-    """Return the predicted damage of each axis's cuts: stream error per stream energy, summed over layers."""
+def axis_damage(findings: Findings, candidate: Candidate, hidden: float | None = None) -> dict[str, float]:
+    """Return the predicted damage of each axis's cuts: stream error per stream energy, summed over layers.
+
+    `hidden` is the damage of the candidate's width where the caller has it already.
+    """
     gone = set(findings.drop_order[: candidate.dropped])
     kept = [layer for layer in findings.layers if layer.index not in gone]
     return {
         "ffn": sum(layer.ffn_damage(candidate.ffn) for layer in kept),
         "kv": sum(layer.kv_damage(candidate.groups) for layer in kept),
-        "hidden": findings.hidden_damage(candidate.hidden),
+        "hidden": findings.hidden_damage(candidate.hidden) if hidden is None else hidden,
         "layers": sum(layer.drop_damage for layer in findings.layers if layer.index in gone),
     }
 
@@ -206,6 +225,7 @@ def describe_choice(spec: ModelSpec, findings: Findings, plan: Plan, predicted: 
     """Return the notes of a plan: sizes, predictions and what the statistics saw."""
     shape = plan_shape(plan, spec.shape)
     return {
+        "dense_shape": outline_shape(spec.shape),
         "dense_parameters": spec.shape.parameters,
         "parameters": shape.parameters,
         "kept_fraction": shape.layer_parameters / spec.shape.layer_parameters,

@@ -7,7 +7,7 @@ by side, and the loss that each adds fixes that axis's weight in the plan's loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from compress.decoder import compute_logits, make_frame, run_layer
 from compress.hidden import batches
 from compress.importance.findings import Findings
 from compress.plan import LOSS_EXPONENT, Candidate, Plan, axis_damage, fill_plan, keep_everything, plan_shape
+from compress.recipe import AXES
 from compress.spec import ModelSpec
 from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
@@ -39,10 +40,12 @@ class Probe:
     stream: Tensor
 
 
-def weigh_axes(checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows) -> dict[str, float]:
+def weigh_axes(
+    checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows, axes: Sequence[str] = AXES
+) -> dict[str, float]:
     """Return axis -> loss in nats at one unit of predicted damage, measured on about 1024 tokens."""
     ids = windows.ids[-max(1, TOKENS // windows.ids.shape[1]) :]
-    candidates = probe_candidates(spec, findings)
+    candidates = {axis: cut for axis, cut in probe_candidates(spec, findings).items() if axis in axes}
     plans = {axis: fill_plan(spec, findings, candidate) for axis, candidate in candidates.items()}
     plans["dense"] = keep_everything(spec.shape)
     losses = run_probes(checkpoint, spec, plans, ids)

@@ -51,8 +51,19 @@ class Recipe:
         for name in ("windows", "length", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-        if min(self.multiple, self.score_tokens, self.spill_bytes) < 0 or self.length == 1:
-            raise UserError("--multiple, score_tokens and spill_bytes must not be negative, and --length at least 2.")
+        for name in ("multiple", "score_tokens", "spill_bytes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative.")
+        if self.length == 1:
+            raise UserError("--length must be at least 2: the last token of a window has no successor.")
+
+
+def check_value(name: str, value: Any, wanted: type) -> None:
+    """Raise UserError when a recipe's value has the wrong type."""
+    allowed = {tuple: (list, tuple), float: (int, float)}.get(wanted, (wanted,))
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        kind = {tuple: "list of names", float: "number", int: "whole number", str: "text"}[wanted]
+        raise UserError(f"recipe: '{name}' must be a {kind}, got {value!r}.")
 
 
 def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
@@ -64,9 +75,8 @@ def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
     values = {**file, **{key: value for key, value in flags.items() if value is not None}}
     if isinstance(values.get("axes"), str):
         values["axes"] = [axis.strip() for axis in values["axes"].split(",") if axis.strip()]
+    for item in fields(Recipe):
+        check_value(item.name, values.get(item.name, item.default), type(item.default))
     if "axes" in values:
         values["axes"] = tuple(values["axes"])
-    try:
-        return Recipe(**values)
-    except TypeError as error:
-        raise UserError(f"recipe: a value has the wrong type ({error}).") from error
+    return Recipe(**values)

@@ -79,6 +79,8 @@ class PlanReport:
     peak_memory_bytes: int
     disk_bytes: int
     predicted_loss: Mapping[str, float] = field(default_factory=dict)
+    skipped_sinks: int = 0
+    pinned_channels: int = 0
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ def sample_group(
 def start_tokens(spec: ModelSpec, count: int, random: torch.Generator) -> Tensor:
     """Return the first token of each window `[count]`: the document boundary, or random where there is none."""
     boundary = boundary_ids(dict(spec.config))
+    if boundary and boundary[0] >= spec.shape.vocab:
+        raise UserError(
+            f"config.json: the start token {boundary[0]} lies outside the vocabulary of {spec.shape.vocab}; "
+            "correct bos_token_id, or give text with --text FILE."
+        )
     if boundary:
         return torch.full((count,), boundary[0])
     return torch.randint(spec.shape.vocab, (count,), generator=random)

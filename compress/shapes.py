@@ -88,12 +88,3 @@ class ModelShape:
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelShape:
-        """Read what `to_json` wrote."""
-        layers = tuple(
-            LayerShape(**{**layer, "norms": tuple(layer["norms"]), "biases": tuple(layer["biases"])})
-            for layer in data["layers"]
-        )
-        return cls(data["vocab"], data["hidden"], data["tied"], layers)

@@ -92,6 +92,21 @@ def resolve_model(config: Mapping[str, Any], tensors: Shapes | None, where: str 
     Raises UserError for an unknown family, an impossible config, or tensors that do not fit.
     """
     family = find_family(config, where)
+    try:
+        spec = resolve_family(config, family, tensors or {})
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+        # config.json is the user's: any of its values may have a wrong type, and all are read in there.
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{where}: config.json holds a value that cannot be used ({reason}); compare it with the original."
+        ) from error
+    if tensors is not None:
+        check_tensors(spec, tensors, where)
+    return spec
+
+
+def resolve_family(config: Mapping[str, Any], family: Family, tensors: Shapes) -> ModelSpec:
+    """Resolve a config whose family is known."""
     settings = Settings(config, family)
     tied = bool(settings.get("tie_word_embeddings"))
     count = settings.size("num_hidden_layers")
@@ -102,11 +117,8 @@ def resolve_model(config: Mapping[str, Any], tensors: Shapes | None, where: str 
     )
     hidden = settings.size("hidden_size")
     shape = ModelShape(settings.size("vocab_size"), hidden, tied, tuple(layer.shape for layer in layers))
-    names = resolve_model_names(family, tensors or {}, tied)
-    spec = ModelSpec(family, dict(config), shape, layers, names, **read_conventions(settings, hidden))
-    if tensors is not None:
-        check_tensors(spec, tensors, where)
-    return spec
+    names = resolve_model_names(family, tensors, tied)
+    return ModelSpec(family, dict(config), shape, layers, names, **read_conventions(settings, hidden))
 
 
 def read_conventions(settings: Settings, hidden: int) -> dict[str, Any]:
@@ -163,6 +175,8 @@ def attention_kind(settings: Settings, index: int, rotary: bool) -> str:
     if given and rule.layers != "all":
         if len(given) != settings.size("num_hidden_layers"):
             raise UserError(f"config.json: layer_types has {len(given)} entries, not one per layer.")
+        if given[index] not in (FULL, SLIDING):
+            raise UserError(f"config.json: layer type '{given[index]}' is neither {FULL} nor {SLIDING}.")
         return str(given[index])
     period = int(settings.get(rule.key) or rule.period or 1) if rule.layers == "except_every" else 1
     slides = {
@@ -221,7 +235,7 @@ def find_kind(settings: Settings, index: int) -> KindRule:
 def resolve_rope(settings: Settings, attention: str) -> RopeSpec:
     """Read the rotary options of one attention kind from either generation of config keys."""
     rule, config = settings.family.rope, settings.config
-    stored = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stored = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = any(key in stored for key in (FULL, SLIDING))
     options = dict((stored.get(attention) or {}) if nested else stored)
     theta = rope_theta(settings, attention, options)
@@ -249,18 +263,22 @@ def rope_theta(settings: Settings, attention: str, options: Mapping[str, Any]) -
 
 def complete_rope(settings: Settings, variant: str, options: dict[str, Any]) -> None:
     """Fill in what a scaling variant derives from the model: original context and factor."""
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "longrope": ("long_factor", "short_factor"),
+    }
+    for key in needed.get(variant, ()):
+        if options.get(key) is None:
+            raise UserError(f"config.json: rotary variant '{variant}' needs '{key}'.")
     if variant not in ("llama3", "yarn", "longrope"):
         return
-    longest = settings.get("max_position_embeddings")
+    longest = settings.size("max_position_embeddings")
     outside = settings.get("original_max_position_embeddings")
     context = outside or options.get("original_max_position_embeddings") or longest
     options["original_max_position_embeddings"] = context
     if options.get("factor") is None:
         options["factor"] = longest / context
-    needed = {"llama3": ("low_freq_factor", "high_freq_factor"), "longrope": ("long_factor", "short_factor")}
-    for key in needed.get(variant, ()):
-        if options.get(key) is None:
-            raise UserError(f"config.json: rotary variant '{variant}' needs '{key}'.")
 
 
 def resolve_model_names(family: Family, tensors: Shapes, tied: bool) -> dict[str, str]:

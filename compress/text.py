@@ -130,7 +130,9 @@ def read_windows(path: Path, tokenizer: Any, config: dict[str, Any], size: tuple
     start = boundary_ids(config)
     tokens: list[int] = []
     for document in read_documents(path, field):
-        tokens += start + tokenizer.encode(document, add_special_tokens=False).ids
+        # A token for 64 characters is fewer than any prose gives: more of a huge document need not be read.
+        part = document[: 64 * (length * count - len(tokens))]
+        tokens += start + tokenizer.encode(part, add_special_tokens=False).ids
         if len(tokens) >= length * count:
             break
     return pack_windows(tokens, size, config, str(path))

@@ -65,11 +65,6 @@ def fuse_parts(layer: LayerSpec, weights: Mapping[str, Tensor]) -> Weights:
     }
 
 
-def read_embedding(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype | None = None) -> Tensor:
-    """Read the whole embedding matrix `[vocab, hidden]`."""
-    return checkpoint.read_one(spec.names["embed"], dtype)
-
-
 def embed_rows(checkpoint: Checkpoint, spec: ModelSpec, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scaled embeddings `[..., hidden]` of token `ids`, reading only the rows in use."""
     unique, places = torch.unique(ids, return_inverse=True)

@@ -299,7 +299,7 @@ def test_plan_of_another_model_is_refused(model, text, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("keeep: 0.7", ["keeep"]), ("- 0.7", ["no keys"]), ("keep: [", ["not valid YAML"]), ("keep: soon", ["type"])],
+    [("keeep: 0.7", ["keeep"]), ("- 0.7", ["no keys"]), ("keep: [", ["not valid YAML"]), ("keep: soon", ["keep", "number"])],
 )
 def test_wrong_recipe_is_one_sentence(content, words, model, text, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
@@ -317,7 +317,7 @@ def test_failed_proof_exits_with_one(model, text, tmp_path, monkeypatch):
     done = run("compress", model("llama"), *arguments)
     assert done.exit_code == 1
     assert "logits differ" in done.stderr
-    assert json.loads((tmp_path / "out" / "lightpress.json").read_text())["proofs"][0]["status"] == "different"
+    assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -100,6 +100,7 @@ def reduce_all(spec: ModelSpec, layers: Iterable[LayerStats], score: str) -> tup
         sums.add(stats.norms.values())
         sums.massive |= stats.massive
         sums.tokens = stats.block.count
+        del stats  # else the next layer's statistics are made while this one's are still held
     return found, sums
 
 
