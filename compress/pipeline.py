@@ -63,15 +63,19 @@ class Result:
 def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
     """Run pass 1 on the dense model and return its findings; uses about `recipe.score_tokens` tokens."""
     checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
-    # A Gram matrix of n inputs needs more than n tokens to be worth inverting.
-    tokens = recipe.score_tokens or max(4096, 2 * max(layer.ffn for layer in spec.shape.layers))
-    used = windows.take(math.ceil(tokens / windows.ids.shape[1]))
+    used = windows.take(math.ceil((recipe.score_tokens or count_score_tokens(spec)) / windows.ids.shape[1]))
     with HiddenStore((*used.ids.shape, spec.shape.hidden), recipe.spill_bytes) as store:
         layers = stream_dense(checkpoint, spec, used, store, NEEDS)
         found, sums = reduce_all(spec, watch(layers, "calibrate", len(spec.layers), progress), recipe.score)
         final = observe_final(checkpoint, spec, store)
     sums.add([final])
     return collect_findings(found, sums)
+
+
+def count_score_tokens(spec: ModelSpec) -> int:
+    """Return how many tokens score units: a Gram matrix of n inputs wants 1.5 n; small models, free to run, get more."""
+    widest = max(layer.ffn for layer in spec.shape.layers)
+    return max(4096, 3 * widest // 2, min(16384, 2**35 // spec.shape.parameters))
 
 
 def watch(layers: Iterator[LayerStats], stage: str, total: int, progress: Progress) -> Iterator[LayerStats]:

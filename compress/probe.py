@@ -25,7 +25,8 @@ from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer
 
-TOKENS = 1024
+# Few tokens steady a paired difference of losses; small models, where they cost nothing, get more.
+LEAST_TOKENS, MOST_TOKENS, PARAMETER_TOKENS = 512, 4096, 2**33
 # Share of an axis that its probe removes: about what plans remove, so that the exponent has little to bridge.
 CUTS = {"ffn": 0.25, "kv": 0.25, "hidden": 0.15, "layers": 0.15}
 LEAST = 0.002  # nats: below this the loss a probe adds is noise of so few tokens
@@ -43,8 +44,9 @@ class Probe:
 def weigh_axes(
     checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows, axes: Sequence[str] = AXES
 ) -> dict[str, float]:
-    """Return axis -> loss in nats at one unit of predicted damage, measured on about 1024 tokens."""
-    ids = windows.ids[-max(1, TOKENS // windows.ids.shape[1]) :]
+    """Return axis -> loss in nats at one unit of predicted damage, measured on 512 to 4096 tokens."""
+    tokens = min(max(LEAST_TOKENS, PARAMETER_TOKENS // spec.shape.parameters), MOST_TOKENS)
+    ids = windows.ids[-max(1, tokens // windows.ids.shape[1]) :]
     candidates = {axis: cut for axis, cut in probe_candidates(spec, findings).items() if axis in axes}
     plans = {axis: fill_plan(spec, findings, candidate) for axis, candidate in candidates.items()}
     plans["dense"] = keep_everything(spec.shape)

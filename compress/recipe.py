@@ -29,7 +29,7 @@ class Recipe:
     length: int = 256
     """Tokens in a window; shorter when the model's context is."""
     score_tokens: int = 0
-    """Tokens of the first pass (scores); 0 means twice the FFN width, at least 4096. The repair uses all windows."""
+    """Tokens of the first pass (scores); 0 is automatic: 1.5 times the FFN width, at least 4096. Repair uses all."""
     field: str = "text"
     """Field of a .jsonl or .parquet file that holds the text."""
     seed: int = 0

@@ -37,13 +37,13 @@ class Moments:
         for start in range(0, len(x), CHUNK):
             rows = x[start : start + CHUNK]
             add_gram(self.gram, rows)
-            self.total += rows.sum(0, dtype=torch.float64)
+            self.total += rows.sum(0)
             self.count += len(rows)
             if y is not None:
                 wanted = y[start : start + CHUNK]
                 self.cross += rows.T @ wanted
-                self.target_total += wanted.sum(0, dtype=torch.float64)
-                self.target_square += float(wanted.pow(2).sum(dtype=torch.float64))
+                self.target_total += wanted.sum(0)
+                self.target_square += float(wanted.pow(2).sum())
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both token sets together."""
@@ -58,7 +58,7 @@ class Moments:
         return Moments(gram, self.total[kept], self.cross[kept], self.target_total, self.target_square, self.count)
 
 
-def add_gram(gram: Tensor, rows: Tensor, block: int = 1024) -> None:
+def add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
     """Add rows^T rows to `gram` in place, computing only the upper blocks and mirroring them."""
     size = rows.shape[1]
     for start in range(0, size, block):

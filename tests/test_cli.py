@@ -299,7 +299,14 @@ def test_plan_of_another_model_is_refused(model, text, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("keeep: 0.7", ["keeep"]), ("- 0.7", ["no keys"]), ("keep: [", ["not valid YAML"]), ("keep: soon", ["keep", "number"])],
+    [
+        ("keeep: 0.7", ["keeep"]),
+        ("- 0.7", ["no keys"]),
+        ("keep: [", ["not valid YAML"]),
+        ("keep: soon", ["keep", "number"]),
+        ("windows: 12.5", ["windows", "whole number"]),
+        ("axes:", ["axes", "list"]),
+    ],
 )
 def test_wrong_recipe_is_one_sentence(content, words, model, text, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"

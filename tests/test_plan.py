@@ -88,7 +88,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     read = read_plan(tmp_path / "plan.json", SMALL.shape)
     assert read == PLAN
     assert read.notes == {}  # predictions do not hold for a plan that may have been edited
-    assert read.to_json() == noted.to_json()
+    assert read.to_json() == PLAN.to_json()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 

