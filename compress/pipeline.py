@@ -73,7 +73,7 @@ def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
 
 
 def count_score_tokens(spec: ModelSpec) -> int:
-    """Return how many tokens score units: a Gram matrix of n inputs wants 1.5 n; small models, free to run, get more."""
+    """Return how many tokens score units: 1.5 for each input of the widest Gram matrix; small models get more."""
     widest = max(layer.ffn for layer in spec.shape.layers)
     return max(4096, 3 * widest // 2, min(16384, 2**35 // spec.shape.parameters))
 
