@@ -39,7 +39,8 @@ def read_documents(path: Path, field: str = "text") -> Iterator[str]:
     Raises UserError for a missing or empty file, an unknown kind, a broken line or a missing field.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such text file; give a .txt, .jsonl or .parquet file.")
+        found = "is a folder" if path.is_dir() else "no such text file"
+        raise UserError(f"{path}: {found}; give a .txt, .jsonl or .parquet file.")
     readers = {".jsonl": read_jsonl, ".json": read_jsonl, ".parquet": read_parquet, ".txt": read_plain, "": read_plain}
     reader = readers.get(path.suffix.lower())
     if reader is None:
