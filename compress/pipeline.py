@@ -24,7 +24,8 @@ from compress.importance.findings import Findings, collect_findings, reduce_all
 from compress.plan import Plan, keep_everything, make_plan, plan_shape
 from compress.probe import weigh_axes
 from compress.recipe import Recipe
-from compress.spec import ModelSpec, resolve_model, write_config
+from compress.spec import ModelSpec, resolve_model
+from compress.spec_writer import write_config
 from compress.surgery.rebuild import Rebuild, Streams, rebuild_layers
 from compress.surgery.width import fold_embedding_scale, slice_weights
 from compress.text import Windows

@@ -13,7 +13,8 @@ from compress.errors import UserError
 from compress.importance.findings import Findings
 from compress.recipe import Recipe
 from compress.shapes import LayerShape, ModelShape
-from compress.spec import ModelSpec, find_writer
+from compress.spec import ModelSpec
+from compress.spec_writer import find_writer
 
 VERSION = 1
 OBSERVED = ("dense_shape", "pinned_channels", "scored_tokens", "skipped_sink_tokens")

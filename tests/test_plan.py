@@ -190,7 +190,7 @@ def test_shapes_of_plans() -> None:
 
 def test_parameters_equal_the_tensors_of_the_model() -> None:
     """The budget counts what is stored, qk-norms aside."""
-    from compress.spec import expected_tensors  # noqa: PLC0415 (only here)
+    from compress.spec import expected_tensors  # noqa: PLC0415 only here
 
     for case in CASES:
         spec = make_spec(case)

@@ -12,7 +12,8 @@ from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.errors import UserError
 from compress.shapes import LayerShape, ModelShape
-from compress.spec import ModelSpec, resolve_model, role_axes, write_config
+from compress.spec import ModelSpec, resolve_model, role_axes
+from compress.spec_writer import write_config
 from compress.weights import Weights, fuse_parts, read_layer
 
 
