@@ -20,7 +20,7 @@ from compress.decoder import (
     project,
     rms_norm,
 )
-from compress.hidden import HiddenStore, batches
+from compress.hidden import HiddenStore, batches, release_memory
 from compress.spec import ModelSpec
 from compress.stats import SINK_RATIO, BlockSums, ChannelSums, Moments, ordinary_tokens
 from compress.text import Windows
@@ -76,6 +76,7 @@ def stream_dense(
             store.write(start, observe_layer(spec, stats, x, frame, needs))
         yield stats
         del layer, weights, stats
+        release_memory()
 
 
 def start_stats(spec: ModelSpec, index: int, weights: Weights, needs: frozenset[str]) -> LayerStats:

@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.calibrate import Progress, fill_embeddings
 from compress.checkpoint import Checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
-from compress.hidden import HiddenStore, batches
+from compress.hidden import HiddenStore, batches, release_memory
 from compress.spec import ModelSpec
 from compress.text import Windows
 from compress.weights import read_head, read_layer
@@ -39,6 +39,8 @@ def fill_hidden(
         for start, stop in batches(*windows.ids.shape):
             frame = make_frame(spec, stop - start, windows.ids.shape[1])
             store.write(start, run_layer(spec, layer, weights, store.read(start, stop), frame)[0])
+        del weights
+        release_memory()
         if progress is not None:
             progress("evaluate", index + 1, len(spec.layers))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -83,6 +85,27 @@ def map_file(size: int) -> mmap.mmap:
                 f"({error.strerror}); set TMPDIR to a larger disk, or give fewer --windows."
             ) from error
         return mmap.mmap(file.fileno(), size)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, after every layer.
+
+    The C library keeps it otherwise, in a heap that tensors of many sizes fragment: measured on 14 layers, the resident
+    size wandered from 280 to 450 MiB and the peak grew with depth; with this it stays at 281 (benchmarks/memory.py).
+    """
+    trim = find_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def find_trim() -> Callable[[int], int] | None:
+    """Return glibc's malloc_trim, or None where the C library has none."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return trim
 
 
 def batches(windows: int, length: int, tokens: int = 2048) -> Iterator[tuple[int, int]]:

@@ -24,12 +24,12 @@ from compress.importance.findings import Findings, collect_findings, reduce_all
 from compress.plan import Plan, keep_everything, make_plan, plan_shape
 from compress.probe import weigh_axes
 from compress.recipe import Recipe
-from compress.spec import ModelSpec, resolve_model
+from compress.spec import LayerSpec, ModelSpec, resolve_model
 from compress.spec_writer import write_config
 from compress.surgery.rebuild import Rebuild, Streams, rebuild_layers
 from compress.surgery.width import fold_embedding_scale, slice_weights
 from compress.text import Windows
-from compress.weights import fuse_parts
+from compress.weights import Weights, fuse_parts
 
 Progress = Callable[[str, int, int], None]
 SAMPLE = (2, 64)  # windows and tokens whose logits prove the written model; a large vocabulary makes them big
@@ -128,12 +128,18 @@ def rebuild_checkpoint(
             writer.add(new.names[role], ends.pop(role))
         job = Rebuild(checkpoint, spec, new, plan, task.recipe.repair == "lstsq", storage_types(checkpoint, spec))
         progress("rebuild", 0, len(new.layers))
-        for place, weights in enumerate(rebuild_layers(job, streams)):
-            for role, tensor in fuse_parts(new.layers[place], weights).items():
-                writer.add(new.layers[place].names[role], tensor)
+        layers = rebuild_layers(job, streams)
+        for place, layer in enumerate(new.layers):
+            write_layer(writer, layer, next(layers))
             progress("rebuild", place + 1, len(new.layers))
         ids = windows.ids[: SAMPLE[0], : SAMPLE[1]]
         return ids, streams.pruned.read(0, len(ids))[:, : SAMPLE[1]]
+
+
+def write_layer(writer: CheckpointWriter, layer: LayerSpec, weights: Weights) -> None:
+    """Write one layer; nothing of it is held when the next is made."""
+    for role, tensor in fuse_parts(layer, weights).items():
+        writer.add(layer.names[role], tensor)
 
 
 def compute_sample(task: Task, plan: Plan, new: ModelSpec, stream: Tensor) -> Tensor:

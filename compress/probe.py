@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.checkpoint import Checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
-from compress.hidden import batches
+from compress.hidden import batches, release_memory
 from compress.importance.findings import Findings
 from compress.plan import LOSS_EXPONENT, Candidate, Plan, axis_damage, fill_plan, keep_everything, plan_shape
 from compress.recipe import AXES
@@ -85,6 +85,8 @@ def run_probes(checkpoint: Checkpoint, spec: ModelSpec, plans: Mapping[str, Plan
         weights = read_layer(checkpoint, spec, index, torch.float32)
         for probe in probes.values():
             advance_probe(spec, probe, weights, index)
+        del weights
+        release_memory()
     ends = read_head(checkpoint, spec, torch.float32)
     return {name: measure_loss(spec, probe, ends, ids) for name, probe in probes.items()}
 

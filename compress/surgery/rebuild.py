@@ -28,7 +28,7 @@ from compress.decoder import (
     project,
     run_layer,
 )
-from compress.hidden import HiddenStore, batches
+from compress.hidden import HiddenStore, batches, release_memory
 from compress.plan import LayerPlan, Plan
 from compress.solve import RIDGE, solve_projection
 from compress.spec import ModelSpec
@@ -98,6 +98,7 @@ def rebuild_layers(job: Rebuild, streams: Streams) -> Iterator[Weights]:
     for place, layer_plan in enumerate(job.plan.layers):
         following = kept[place + 1] if place + 1 < len(kept) else len(job.old.layers)
         yield rebuild_layer(job, streams, place, range(layer_plan.layer + 1, following))
+        release_memory()
 
 
 def rebuild_layer(job: Rebuild, streams: Streams, place: int, dropped: range) -> Weights:
