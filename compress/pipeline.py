@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from compress.text import Windows
 from compress.weights import Weights, fuse_parts
 
 Progress = Callable[[str, int, int], None]
+END_ROLES = ("embed", "final_norm", "head")
 SAMPLE = (2, 64)  # windows and tokens whose logits prove the written model; a large vocabulary makes them big
 NEEDS = frozenset({ATTENTION, MLP, NORMS})
 
@@ -144,8 +145,9 @@ def write_layer(writer: CheckpointWriter, layer: LayerSpec, weights: Weights) ->
 
 def compute_sample(task: Task, plan: Plan, new: ModelSpec, stream: Tensor) -> Tensor:
     """Return the new model's logits `[windows, tokens, vocab]` on its last stream."""
-    ends = cut_ends(task.checkpoint, task.spec, new, plan)
-    head = ends["embed" if new.shape.tied else "head"].to(torch.float32)
+    output = "embed" if new.shape.tied else "head"
+    ends = cut_ends(task.checkpoint, task.spec, new, plan, ("final_norm", output))
+    head = ends[output].to(torch.float32)
     return compute_logits(new, {"final_norm": ends["final_norm"].to(torch.float32), "head": head}, stream)
 
 
@@ -167,16 +169,22 @@ def start_pruned(new: ModelSpec, windows: Windows, streams: Streams, embed: Tens
         streams.pruned.write(start, rows * new.embedding_multiplier)
 
 
-def cut_ends(checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan) -> dict[str, Tensor]:
-    """Return embedding, final norm and (untied) head cut to the kept channels, each in its storage type."""
-    roles = ["embed", "final_norm"] + ([] if old.shape.tied else ["head"])
-    ends = {role: checkpoint.read_one(old.names[role]) for role in roles}
-    if new.shape.hidden == old.shape.hidden:
-        return ends
-    kept = {"hidden": torch.tensor(plan.hidden)}
-    floats = {role: tensor.to(torch.float32) for role, tensor in ends.items()}
-    cut = fold_embedding_scale(old, new, slice_weights(old, floats, kept))
-    return {role: tensor.to(ends[role].dtype) for role, tensor in cut.items()}
+def cut_ends(
+    checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan, roles: Sequence[str] = END_ROLES
+) -> dict[str, Tensor]:
+    """Return embedding, final norm and (untied) head cut to the kept channels, each in its storage type.
+
+    Matrices are cut as they are stored, one at a time: with a large vocabulary float32 copies would be the peak.
+    """
+    kept, ends = {"hidden": torch.tensor(plan.hidden)}, {}
+    for role in roles:
+        if role == "head" and old.shape.tied:
+            continue
+        stored = checkpoint.read_one(old.names[role])
+        exact = stored if stored.dim() > 1 else stored.to(torch.float32)
+        ends[role] = slice_weights(old, {role: exact}, kept)[role]
+    folded = fold_embedding_scale(old, new, ends)
+    return {role: tensor.to(checkpoint.tensors[old.names[role]].dtype) for role, tensor in folded.items()}
 
 
 def storage_types(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.dtype]:

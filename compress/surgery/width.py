@@ -61,7 +61,8 @@ def fold_embedding_scale(old: ModelSpec, new: ModelSpec, ends: Weights) -> Weigh
     if math.isclose(ratio, 1.0):
         return ends
     folded = dict(ends)
-    folded["embed"] = ends["embed"] * ratio
-    if new.shape.tied:
+    if "embed" in ends:
+        folded["embed"] = ends["embed"] * ratio
+    if new.shape.tied and "final_norm" in ends:
         folded["final_norm"] = (ends["final_norm"] + new.norm_offset) / ratio - new.norm_offset
     return folded
