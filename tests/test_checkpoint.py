@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused as assert_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress import checkpoint, checkpoint_source, checkpoint_writer
 from compress.checkpoint import TensorInfo, check_finite, open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter, check_output, check_space
-from compress.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "tiny", "hidden_size": 4}
@@ -73,16 +73,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(found[name], tensor), name
-
-
-def assert_refused(action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for word in words:
-        assert word in message, message
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from test_decoder import run_decoder
 from tiny import CASES, FAMILIES, make_checkpoint, make_config
 
 from compress import family as family_module
 from compress.checkpoint import open_checkpoint
-from compress.errors import UserError
 from compress.family import (
     FUSED_ROLES,
     NORM_ROLES,
@@ -35,16 +35,6 @@ from compress.weights import fuse_parts, read_layer, read_spec
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "compress" / "families").glob("*.toml"))
 NAMES = [path.stem for path in FILES]
-
-
-def refused(action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for word in words:
-        assert word in message, message
 
 
 # The files

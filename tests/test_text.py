@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from tiny import make_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from compress.checkpoint import open_checkpoint
-from compress.errors import UserError
 from compress.recipe import Recipe
 from compress.sample import sample_windows
 from compress.text import (
@@ -30,16 +29,6 @@ from compress.text import (
 from compress.weights import read_spec
 
 CONFIG = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def refused(action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for word in words:
-        assert word in message, message
 
 
 def put(folder: Path, name: str, content: str | bytes) -> Path:
