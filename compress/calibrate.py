@@ -23,6 +23,7 @@ from compress.decoder import (
 from compress.hidden import HiddenStore, batches, release_memory
 from compress.spec import ModelSpec
 from compress.stats import SINK_RATIO, BlockSums, ChannelSums, Moments, ordinary_tokens
+from compress.stats_norms import PostNormSums, observe_post_norm, start_post_norms
 from compress.text import Windows
 from compress.weights import Weights, embed_rows, read_layer, read_norm
 
@@ -32,7 +33,12 @@ ATTENTION, MLP, NORMS = "attention_gram", "mlp_gram", "norm_outputs"
 
 @dataclass
 class LayerStats:
-    """Statistics of one dense layer and its float32 weights; what was not asked for stays empty."""
+    """Statistics of one dense layer and its float32 weights; what was not asked for stays empty.
+
+    `*_reads`: sums of what q, k, v and gate, up read, `[hidden]`: the normed stream, or the stream itself where the
+    layer has no norm there. `*_spread` `[n]`: sum over windows of (mean over counted tokens of |input|)^2 of the
+    branch's last projection (Minitron's statistic; methods 8.1).
+    """
 
     index: int
     weights: Weights
@@ -44,6 +50,11 @@ class LayerStats:
     mlp_block: BlockSums = field(default_factory=BlockSums)
     sinks: int = 0
     massive: set[int] = field(default_factory=set)
+    attention_reads: ChannelSums = field(default_factory=lambda: ChannelSums.empty(0))
+    mlp_reads: ChannelSums = field(default_factory=lambda: ChannelSums.empty(0))
+    attention_spread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    mlp_spread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    post_norms: dict[str, PostNormSums] = field(default_factory=dict)
 
 
 def fill_embeddings(checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, store: HiddenStore) -> None:
@@ -81,15 +92,17 @@ def stream_dense(
 
 def start_stats(spec: ModelSpec, index: int, weights: Weights, needs: frozenset[str]) -> LayerStats:
     """Allocate what is asked for."""
-    shape = spec.layers[index].shape
-    norms = {role: ChannelSums.empty(spec.shape.hidden) for role in shape.norms} if NORMS in needs else {}
+    shape, hidden = spec.layers[index].shape, spec.shape.hidden
+    reads = {"attn_in": ChannelSums.empty(hidden), "mlp_in": ChannelSums.empty(hidden)}
+    # What an input norm gives out is what the module reads: one object, summed once.
+    norms = {role: reads.get(role) or ChannelSums.empty(hidden) for role in shape.norms} if NORMS in needs else {}
+    query, ffn = shape.query if ATTENTION in needs else 0, shape.ffn if MLP in needs else 0
     return LayerStats(
-        index,
-        weights,
-        Moments.empty(shape.query if ATTENTION in needs else 0),
-        Moments.empty(shape.ffn if MLP in needs else 0),
-        norms,
-    )
+        index, weights, Moments.empty(query), Moments.empty(ffn), norms,
+        attention_reads=reads["attn_in"], mlp_reads=reads["mlp_in"],
+        attention_spread=torch.zeros(query, dtype=torch.float64), mlp_spread=torch.zeros(ffn, dtype=torch.float64),
+        post_norms=start_post_norms(spec, index, weights),
+    )  # fmt: skip
 
 
 def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, needs: frozenset[str]) -> Tensor:
@@ -102,13 +115,14 @@ def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, n
     context, _ = attention_context(spec, layer, weights, x, frame)
     middle = x + attention_branch(spec, weights, context)
     if ATTENTION in needs:
-        add_inputs(spec, stats.attention, weights, ("o", "attn_out"), context, mask)
+        add_inputs(spec, stats, ATTENTION, context, mask)
     activation = mlp_activation(spec, weights, middle)
     after = middle + mlp_branch(spec, weights, activation)
     if MLP in needs:
-        add_inputs(spec, stats.mlp, weights, ("down", "mlp_out"), activation, mask)
-    if NORMS in needs:
-        add_norms(spec, stats, (x, middle, after), mask)
+        add_inputs(spec, stats, MLP, activation, mask)
+    stats.attention_reads.update(apply_norm(spec, weights, "attn_in", x[mask]))
+    stats.mlp_reads.update(apply_norm(spec, weights, "mlp_in", middle[mask]))
+    add_post_norms(stats, (x, middle, after), mask)
     stats.attention_block.update(x[mask], middle[mask])
     stats.mlp_block.update(middle[mask], after[mask])
     stats.block.update(x[mask], after[mask])
@@ -122,28 +136,34 @@ def massive_channels(sinks: Tensor) -> set[int]:
     return set(massive.any(0).nonzero().flatten().tolist())
 
 
-def add_inputs(
-    spec: ModelSpec, moments: Moments, weights: Weights, roles: tuple[str, str], inputs: Tensor, mask: Tensor
-) -> None:
+def add_inputs(spec: ModelSpec, stats: LayerStats, kind: str, inputs: Tensor, mask: Tensor) -> None:
     """Add the inputs of a branch's last projection, scaled as its post-norm scales them."""
-    projection, norm = roles
-    scale = None
-    if norm in weights:
-        scale = output_scale(spec, weights, norm, project(weights, projection, inputs))
-    moments.update((inputs if scale is None else inputs * scale)[mask])
+    moments, spread, projection, norm = {
+        ATTENTION: (stats.attention, stats.attention_spread, "o", "attn_out"),
+        MLP: (stats.mlp, stats.mlp_spread, "down", "mlp_out"),
+    }[kind]
+    if norm in stats.weights:
+        raw = project(stats.weights, projection, inputs)
+        observe_post_norm(stats.post_norms, norm, raw, mask)
+        scale = output_scale(spec, stats.weights, norm, raw)
+        inputs = inputs if scale is None else inputs * scale
+    moments.update(inputs[mask])
+    spread += average_windows(inputs, mask).pow(2).sum(0)
 
 
-def add_norms(spec: ModelSpec, stats: LayerStats, streams: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> None:
-    """Add what each norm of the layer gives out; a post-norm's output is what its branch added to the stream."""
+def average_windows(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of |x| over the counted tokens of each window, `[batch, n]` in float64; 0 where none counts."""
+    total = mask.to(x.dtype)[:, None] @ x.abs()
+    return total[:, 0].double() / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def add_post_norms(stats: LayerStats, streams: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> None:
+    """Add what the post-norms asked for give out: what their branches added to the stream."""
     before, middle, after = streams
-    outputs = {
-        "attn_in": lambda: apply_norm(spec, stats.weights, "attn_in", before),
-        "attn_out": lambda: middle - before,
-        "mlp_in": lambda: apply_norm(spec, stats.weights, "mlp_in", middle),
-        "mlp_out": lambda: after - middle,
-    }
-    for role, sums in stats.norms.items():
-        sums.update(outputs[role]()[mask])
+    if "attn_out" in stats.norms:
+        stats.norms["attn_out"].update((middle - before)[mask])
+    if "mlp_out" in stats.norms:
+        stats.norms["mlp_out"].update((after - middle)[mask])
 
 
 def observe_final(checkpoint: Checkpoint, spec: ModelSpec, store: HiddenStore) -> ChannelSums:

@@ -1,13 +1,31 @@
-"""Ridge least squares from second moments: the repair of a projection whose inputs were cut (methods 2.5, 8.10)."""
+"""Repairs of a projection whose inputs were cut, all from second moments (methods 2.5, 8.3, 8.10).
+
+`solve_projection` moves the whole matrix (ridge least squares), `solve_diagonal` one factor and shift per output
+channel, `solve_bias` the bias alone. Their moments hold the kept inputs x and the wanted outputs y.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.stats import Moments
 
 RIDGE = 1e-3  # times the mean diagonal of the Gram matrix (reference/quality.md)
+TOKENS_PER_INPUT = 4  # with fewer tokens, least squares fits the calibration text rather than the model
+# A variance below this share of the mean square counts as none: float32 products cannot tell it from rounding.
+CONSTANT = 1e-6
+
+
+def short_of_tokens(count: int, inputs: int) -> bool:
+    """Tell whether `count` tokens are too few to refit `inputs` kept dims without a raised ridge (fewer than 4x)."""
+    return count < TOKENS_PER_INPUT * inputs
+
+
+def raise_ridge(ridge: float, count: int, inputs: int) -> float:
+    """Return the ridge for a fit with `count` tokens: larger by as much as they fall short of 4 per input."""
+    return ridge * max(1.0, TOKENS_PER_INPUT * inputs / max(count, 1))
 
 
 def ridge_level(gram: Tensor, ridge: float = RIDGE) -> float:
@@ -32,8 +50,10 @@ def solve_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `W [out, n]` (and bias) minimising sum |W x + b - y|^2 + lam |W - weight|^2 over the tokens in `moments`.
 
-    The bias is free where the projection has one, else it stays absent; lam is `ridge` times the mean diagonal.
+    The bias is free where the projection has one, else it stays absent; lam is `ridge` times the mean diagonal, raised
+    where tokens are short (`short_of_tokens`).
     """
+    ridge = raise_ridge(ridge, moments.count, len(moments.gram))
     gram, cross = moments.gram, moments.cross
     mean, target = moments.total / moments.count, moments.target_total / moments.count
     if bias is not None:
@@ -45,6 +65,38 @@ def solve_projection(
     if bias is None:
         return solved.to(weight.dtype), None
     return solved.to(weight.dtype), (target - solved @ mean).to(weight.dtype)
+
+
+def solve_diagonal(moments: Moments, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return diag(a) W and a new bias: per output channel the least-squares fit y_i ~ a_i (W x)_i + b_i (methods 2.5).
+
+    Without a bias the fit goes through the origin. A channel whose output is constant keeps its factor, 1.
+    """
+    count, exact = moments.count, weight.double()
+    product = (exact.T * moments.cross).sum(0) / count
+    square = ((exact @ moments.gram) * exact).sum(1) / count
+    if bias is None:
+        factor = torch.where(square > 0, product / square.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+        return (factor[:, None] * exact).to(weight.dtype), None
+    mean, target = exact @ (moments.total / count), moments.target_total / count
+    variance = square - mean.pow(2)
+    varies = variance > CONSTANT * square
+    factor = torch.where(varies, (product - mean * target) / torch.where(varies, variance, 1.0), 1.0)
+    return (factor[:, None] * exact).to(weight.dtype), (target - factor * mean).to(bias.dtype)
+
+
+def solve_bias(moments: Moments, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return `weight` as it is and the bias mean(y) - mean(W x): FLAP's compensation (methods 8.3).
+
+    Raises UserError without a bias: there is nothing to move.
+    """
+    if bias is None:
+        raise UserError(
+            "--repair bias moves only biases, and this projection has none that could take it; use --repair lstsq or "
+            "diagonal, or a family whose projections have biases."
+        )
+    shift = (moments.target_total - weight.double() @ moments.total) / moments.count
+    return weight, shift.to(bias.dtype)
 
 
 def residual_error(moments: Moments, weight: Tensor, bias: Tensor | None = None) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import slow_twins
 import torch
+from branches import draw_sample, with_tokens
 from tiny import CASES, make_checkpoint
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from compress.decoder import attention_context, make_frame, mlp_activation, proj
 from compress.errors import UserError
 from compress.hidden import HiddenStore
 from compress.importance import SCORES, find_score
+from compress.importance.branch import FFN, KV
 from compress.importance.findings import (
     Findings,
     HiddenSums,
@@ -111,20 +113,23 @@ def test_greedy_beats_activation_where_inputs_repeat() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_a_single_unit_has_a_curve(score: str) -> None:
-    x, weight = draw(20, 4, 3, 19)
-    ranking = find_score(score)(gather(x), weight, 4)
+    sample = draw_sample(KV, 1, 4, seed=19)
+    ranking = find_score(score)(sample.branch)
     assert ranking.order == (0,)
     assert len(ranking.damage) == 2
-    assert ranking.damage[1] == pytest.approx(float((x @ weight.T).pow(2).sum()), rel=2 * RIDGE * 4)
+    whole = float((sample.x @ sample.branch.weight.T).pow(2).sum())
+    assert ranking.damage[1] == pytest.approx(whole, rel=2 * RIDGE * 4)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["obs", "activation", "wanda", "flap", "minitron"])
 def test_dead_units_go_first_and_cost_nothing(score: str) -> None:
-    x, weight = draw(40, 6, 3, 23)
+    sample = draw_sample(FFN, 6, 1, seed=23)
+    x = sample.x.clone()
     x[:, [1, 4]] = 0
-    ranking = find_score(score)(gather(x), weight, 1)
+    branch = with_tokens(sample, x).branch
+    ranking = find_score(score)(branch)
     assert set(ranking.order[:2]) == {1, 4}
-    assert ranking.damage[2] <= 1.01 * RIDGE * float(x.pow(2).sum()) / 6 * float(weight[:, [1, 4]].pow(2).sum())
+    assert ranking.damage[2] <= 1.01 * RIDGE * float(x.pow(2).sum()) / 6 * float(branch.weight[:, [1, 4]].pow(2).sum())
 
 
 def test_keep_returns_the_last_of_the_order_sorted() -> None:
@@ -135,8 +140,8 @@ def test_keep_returns_the_last_of_the_order_sorted() -> None:
 
 
 def test_an_unknown_score_is_named() -> None:
-    with pytest.raises(UserError, match=r"taylor is not one of activation, obs"):
-        find_score("taylor")
+    with pytest.raises(UserError, match=r"greed is not one of obs, activation, .*, slimllm-explained\.$"):
+        find_score("greed")
 
 
 # Through the calibration pass

@@ -1,4 +1,4 @@
-"""Scores of units (KV groups, FFN channels, hidden channels) and of blocks, all from second moments."""
+"""Scores of units (KV groups, FFN channels, hidden channels) and of blocks, all from second moments and sums."""
 
 from __future__ import annotations
 
@@ -7,13 +7,32 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.importance.units import Ranking, rank_by_activation, rank_by_obs
-from compress.stats import Moments
+from compress.importance import baselines
+from compress.importance.branch import Branch
+from compress.importance.slim import rank_explained, rank_plain, rank_slim
+from compress.importance.units import Ranking, rank_by_activation, rank_by_obs, rank_by_score
 
-Score = Callable[[Moments, Tensor, int], Ranking]
+Score = Callable[[Branch], Ranking]
 
-# Name -> score; each reads the Gram matrix of the projection's inputs and the projection's weight.
-SCORES: Mapping[str, Score] = {"activation": rank_by_activation, "obs": rank_by_obs}
+
+def rank_by(importance: Callable[[Branch], Tensor]) -> Score:
+    """Return the score that ranks units by importances `[units]`, least first."""
+    return lambda branch: rank_by_score(branch.moments, branch.weight, branch.size, importance(branch))
+
+
+SCORES: Mapping[str, Score] = {
+    "obs": lambda branch: rank_by_obs(branch.moments, branch.weight, branch.size),
+    "activation": lambda branch: rank_by_activation(branch.moments, branch.weight, branch.size),
+    "random": rank_by(baselines.score_random),
+    "magnitude": rank_by(baselines.score_magnitude),
+    "wanda": rank_by(baselines.score_wanda),
+    "flap": rank_by(baselines.score_flap),
+    "minitron": rank_by(baselines.score_minitron),
+    "taylor": rank_by(baselines.score_taylor),
+    "slimllm": rank_slim,
+    "slimllm-plain": rank_plain,
+    "slimllm-explained": rank_explained,
+}
 
 
 def find_score(name: str) -> Score:

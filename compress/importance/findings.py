@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from compress.calibrate import LayerStats
 from compress.importance import find_score
-from compress.importance.units import Ranking
+from compress.importance.branch import FFN, KV, Branch
+from compress.importance.units import Ranking, group_scores
 from compress.spec import ModelSpec
 from compress.stats import ChannelSums
+from compress.stats_norms import PostNormSums
 
 # A layer that makes this share of a later layer's sink tokens is where sinks emerge: dropping it kills the model.
 SINK_SHARE = 0.5
+# Layer -> first-order importances of its KV groups and of its channels, as a gradient pass leaves them.
+FirstOrder = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class LayerFindings:
-    """One layer: unit rankings with damage per token, its stream energy, its block influence."""
+    """One layer: unit rankings with damage per token, its stream energy, its block influence.
+
+    `groups`: output norm of each KV group, comparable across layers (methods 1.2); `post_norms`: what absorbing each
+    post-norm would cost.
+    """
 
     index: int
     kv: Ranking
@@ -29,6 +37,8 @@ class LayerFindings:
     change: float
     influence: float
     sinks: int
+    groups: tuple[float, ...] = ()
+    post_norms: Mapping[str, PostNormSums] = field(default_factory=dict, hash=False, compare=False)
 
     def kv_damage(self, groups: int) -> float:
         """Return the predicted error of keeping `groups` KV groups, as a share of the stream's energy."""
@@ -37,6 +47,11 @@ class LayerFindings:
     def ffn_damage(self, channels: int) -> float:
         """Return the predicted error of keeping `channels` FFN channels, as a share of the stream's energy."""
         return self.ffn.damage[len(self.ffn.order) - channels] / self.energy
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine between the stream before and after the layer (SlimLLM's layer ratio; methods 2.2)."""
+        return 1.0 - self.influence
 
     @property
     def drop_damage(self) -> float:
@@ -70,18 +85,41 @@ class Findings:
         return float(((total - left).clamp(min=0) / total.clamp(min=1e-300)).sum())
 
 
-def reduce_layer(spec: ModelSpec, stats: LayerStats, score: str) -> LayerFindings:
+def reduce_layer(
+    spec: ModelSpec, stats: LayerStats, score: str, seed: int = 0, first_order: FirstOrder | None = None
+) -> LayerFindings:
     """Turn one layer's moments into rankings and damage curves."""
-    rank, layer, block = find_score(score), spec.layers[stats.index].shape, stats.block
+    rank, block = find_score(score), stats.block
+    kv_slopes, ffn_slopes = (first_order or {}).get(stats.index, (None, None))
+    attention = make_kv_branch(spec, stats, seed, kv_slopes)
     return LayerFindings(
         index=stats.index,
-        kv=rank(stats.attention, branch_weight(spec, stats, "o", "attn_out"), layer.group * layer.head_dim),
-        ffn=rank(stats.mlp, branch_weight(spec, stats, "down", "mlp_out"), 1),
+        kv=rank(attention),
+        ffn=rank(make_ffn_branch(spec, stats, seed, ffn_slopes)),
         energy=block.square_out,
         change=block.change,
         influence=block.influence,
         sinks=stats.sinks,
+        groups=tuple(group_scores(attention.moments, attention.weight, attention.size)),
+        post_norms=stats.post_norms,
     )
+
+
+def make_kv_branch(spec: ModelSpec, stats: LayerStats, seed: int = 0, first_order: Tensor | None = None) -> Branch:
+    """Return what scores may read about the attention of one layer."""
+    shape = spec.layers[stats.index].shape
+    return Branch(
+        KV, stats.index, stats.attention, branch_weight(spec, stats, "o", "attn_out"), shape.group * shape.head_dim,
+        stats.weights, stats.attention_reads, stats.attention_spread, seed, first_order,
+    )  # fmt: skip
+
+
+def make_ffn_branch(spec: ModelSpec, stats: LayerStats, seed: int = 0, first_order: Tensor | None = None) -> Branch:
+    """Return what scores may read about the MLP of one layer."""
+    return Branch(
+        FFN, stats.index, stats.mlp, branch_weight(spec, stats, "down", "mlp_out"), 1,
+        stats.weights, stats.mlp_reads, stats.mlp_spread, seed, first_order,
+    )  # fmt: skip
 
 
 def branch_weight(spec: ModelSpec, stats: LayerStats, role: str, norm: str) -> Tensor:
@@ -92,11 +130,13 @@ def branch_weight(spec: ModelSpec, stats: LayerStats, role: str, norm: str) -> T
     return weight
 
 
-def reduce_all(spec: ModelSpec, layers: Iterable[LayerStats], score: str) -> tuple[list[LayerFindings], HiddenSums]:
+def reduce_all(
+    spec: ModelSpec, layers: Iterable[LayerStats], score: str, seed: int = 0, first_order: FirstOrder | None = None
+) -> tuple[list[LayerFindings], HiddenSums]:
     """Consume the stream of layer statistics; only small results stay in memory."""
     found, sums = [], HiddenSums()
     for stats in layers:
-        found.append(reduce_layer(spec, stats, score))
+        found.append(reduce_layer(spec, stats, score, seed, first_order))
         sums.add(stats.norms.values())
         sums.massive |= stats.massive
         sums.tokens = stats.block.count

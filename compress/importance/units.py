@@ -7,8 +7,9 @@ tr(W_P (A_PP)^-1 W_P^T) with A the inverse Gram matrix (optimal brain surgeon, H
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,14 +20,31 @@ from compress.stats import Moments
 
 @dataclass(frozen=True)
 class Ranking:
-    """`order`: units, first to go first; `damage[k]`: predicted squared error over all tokens after k went."""
+    """What a score says about the units of one branch.
+
+    `order`: units, first to go first. `damage[k]`: predicted squared output error over all tokens when k units went
+    and the rest was refitted by least squares. `score`: importance of each unit, in unit order (high stays).
+    `picks`: kept units by count, for counts at which a score that depends on the count keeps others than the tail
+    of `order`; `damage` is then that of the picked units, and need not rise with every step.
+    """
 
     order: tuple[int, ...]
     damage: tuple[float, ...]
+    score: tuple[float, ...] = ()
+    picks: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def keep(self, count: int) -> tuple[int, ...]:
         """Return the `count` units that stay, in their old order."""
+        if count in self.picks:
+            return self.picks[count]
         return tuple(sorted(self.order[len(self.order) - count :]))
+
+
+def rank_by_score(moments: Moments, weight: Tensor, size: int, score: Tensor) -> Ranking:
+    """Rank units by importances `[units]`, least first; the damage is that of the refitted rest."""
+    order = torch.argsort(score, stable=True)
+    damage = damage_of_order(moments, weight, order, size)
+    return Ranking(tuple(order.tolist()), damage, tuple(score.tolist()))
 
 
 def rank_by_activation(moments: Moments, weight: Tensor, size: int) -> Ranking:
@@ -35,9 +53,7 @@ def rank_by_activation(moments: Moments, weight: Tensor, size: int) -> Ranking:
     The paper's norm type was not readable: root mean square over tokens is our reading.
     """
     share = moments.gram.diagonal() * weight.double().pow(2).sum(0)
-    score = share.view(-1, size).sum(1)
-    order = torch.argsort(score, stable=True)
-    return Ranking(tuple(order.tolist()), damage_of_order(moments, weight, order, size))
+    return rank_by_score(moments, weight, size, share.view(-1, size).sum(1))
 
 
 def damage_of_order(moments: Moments, weight: Tensor, order: Tensor, size: int) -> tuple[float, ...]:
@@ -50,13 +66,39 @@ def damage_of_order(moments: Moments, weight: Tensor, order: Tensor, size: int) 
     return sum_steps(moments, weight, [0.0, *per_unit.tolist()])
 
 
+def damage_of_sets(moments: Moments, weight: Tensor, sets: Iterable[tuple[int, ...]], size: int) -> list[float]:
+    """Return the repaired output error after removing each of `sets` (some units, never all of them)."""
+    inverse, rows, damage = invert_gram(moments.gram), weight.double().T, []
+    for gone in sets:
+        places = unit_inputs(torch.tensor(gone), size)
+        factor = torch.linalg.cholesky(inverse[places][:, places])
+        damage.append(float(torch.linalg.solve_triangular(factor, rows[places], upper=False).pow(2).sum()))
+    return damage
+
+
 def unit_inputs(units: Tensor, size: int) -> Tensor:
     """Return the inputs of `units`, unit after unit."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
+def group_scores(moments: Moments, weight: Tensor, size: int) -> list[float]:
+    """Return the root mean square output norm of each KV group, comparable across layers (S_group, methods 1.2).
+
+    `moments` are of the inputs of `o` `[tokens, heads * head_dim]`, `weight` `[hidden, heads * head_dim]` is `o` as it
+    acts on the stream, `size` the inputs of one group. For group u: sqrt(tr(W_u G_uu W_u^T) / tokens). That the
+    norm is L2 over tokens and over the group's heads together is our reading.
+    """
+    exact = weight.double()
+    scores = []
+    for start in range(0, len(moments.gram), size):
+        part = exact[:, start : start + size]
+        energy = (part @ moments.gram[start : start + size, start : start + size] * part).sum()
+        scores.append(float(energy.clamp(min=0) / max(moments.count, 1)) ** 0.5)
+    return scores
+
+
 def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
-    """Rank units greedily by the output error that each removal adds after refitting the rest.
+    """Rank units greedily by the output error that each removal adds after refitting the rest: that is their score.
 
     Few units go one at a time (exact greedy); from 128 on they go in batches of 1/64, whose members are chosen
     without regard to each other, while their joint error and the refit of the rest are exact.
@@ -69,7 +111,9 @@ def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
         gone = pick_units(state, min(batch, len(state.units)))
         steps += eliminate_units(state, gone)
         order += gone
-    return Ranking(tuple(order), sum_steps(moments, weight, steps))
+    damage = sum_steps(moments, weight, steps)
+    added = dict(zip(order, (after - before for before, after in pairwise(damage)), strict=True))
+    return Ranking(tuple(order), damage, tuple(added[unit] for unit in range(len(order))))
 
 
 def sum_steps(moments: Moments, weight: Tensor, steps: list[float]) -> tuple[float, ...]:
