@@ -24,7 +24,7 @@ import numpy as np
 
 from backends.runtime import Ids, Logits
 from compress.errors import UserError
-from compress.family import find_family
+from compress.family import explain_not_stock
 from compress.report import DIFFERENT, EQUAL, SKIPPED, Proof
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def explain_skip(folder: Path) -> str:
     if int(version("transformers").split(".")[0]) < OLDEST_TRANSFORMERS:
         return f"the installed transformers is older than {OLDEST_TRANSFORMERS}"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not find_family(config, str(folder)).stock:
-        return f"transformers has no class for {config.get('model_type')}"
-    if config.get("per_layer_config"):
-        return "transformers' classes have no shapes per layer"
-    return ""
+    return explain_not_stock(config, str(folder))
 
 
 def make_environment() -> dict[str, str]:

@@ -39,7 +39,13 @@ ROLE_AXES: Mapping[str, tuple[str, ...]] = {
     "down_bias": ("hidden",),
 }
 NORM_ROLES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+# The norm behind a branch -> the projection whose output it reads, and the norm at the start of the same branch.
+POST_NORMS: Mapping[str, tuple[str, str]] = {"attn_out": ("o", "attn_in"), "mlp_out": ("down", "mlp_in")}
+BRANCHES: Mapping[str, str] = {"attn_out": "attention", "mlp_out": "MLP"}
+# Keys of our own in config.json: `per_layer_config` entries list absorbed norms, EXTENSION lists added biases.
+PER_LAYER, ABSORBED, EXTENSION = "per_layer_config", "absorbed_norms", "lightpress"
 FUSED_ROLES = ("qkv", "gate_up")
+BIASED = tuple(role.removesuffix("_bias") for role in ROLE_AXES if role.endswith("_bias"))
 # Left-over buffers of old exports: derived values, safe to leave out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -136,7 +142,7 @@ class LimitRule:
 
 @dataclass(frozen=True)
 class WriteRule:
-    """As which other family a compressed model is written, and when (`always`, `heads_do_not_divide`)."""
+    """As which other family a model is written: compressed (`always`, `heads_do_not_divide`) or `absorbed_as`."""
 
     when: str = ""
     family: str = ""
@@ -169,6 +175,7 @@ class Family:
     logits: LogitRule = field(default_factory=LogitRule)
     limits: LimitRule = field(default_factory=LimitRule)
     write_as: WriteRule | None = None
+    absorbed_as: WriteRule | None = None
 
 
 TABLES: Mapping[str, Any] = {
@@ -181,6 +188,7 @@ TABLES: Mapping[str, Any] = {
     "logits": LogitRule,
     "limits": LimitRule,
     "write_as": WriteRule,
+    "absorbed_as": WriteRule,
 }
 CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("window", "layers"): ("none", "all", "from", "except_every", "without_rope"),
@@ -319,3 +327,48 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
         f"{where}: model type '{model_type}' is not a family Lightpress knows (nearest: '{nearest}'); known are "
         f"{', '.join(sorted(known))}; if the tensors are the same, set model_type in a copy of config.json."
     )
+
+
+def bias_flags(family: Family) -> dict[str, tuple[str, ...]]:
+    """Return config key -> the projections whose biases it switches on, all at once, in the family's own class."""
+    flags: dict[str, tuple[str, ...]] = {}
+    for rules in (family.layer, *(kind.tensors for kind in family.kinds)):
+        for role, rule in rules.items():
+            if role.endswith("_bias") and rule.when:
+                flags[rule.when] = (*flags.get(rule.when, ()), role.removesuffix("_bias"))
+    return flags
+
+
+def check_absorbable(family: Family, role: str) -> None:
+    """Raise UserError unless `role` is a norm behind a branch that also has a norm at its start.
+
+    What decides is the place in the graph, never the stored name. Without a norm at the start of the branch nothing
+    would normalise what the branch reads (our rule; methods 1.5).
+    """
+    if role not in POST_NORMS:
+        raise UserError(f"'{role}' is no norm behind a branch; only {' and '.join(POST_NORMS)} can be absorbed.")
+    branch = BRANCHES[role]
+    if role not in family.layer:
+        raise UserError(
+            f"Models of family '{family.name}' have no norm behind the {branch} ({role}), so there is nothing to "
+            "absorb; leave absorption out."
+        )
+    if POST_NORMS[role][1] not in family.layer:
+        raise UserError(
+            f"Models of family '{family.name}' have no norm before the {branch}: with the one behind it ({role}) "
+            "absorbed, the residual stream would never be normalised; leave absorption out."
+        )
+
+
+def explain_not_stock(config: Mapping[str, Any], where: str = "config.json") -> str:
+    """Return why transformers' own classes cannot run a model with this config.json; nothing when they can."""
+    if not find_family(config, where).stock:
+        return f"transformers has no class for {config.get('model_type')}"
+    layers = config.get(PER_LAYER) or {}
+    if any(ABSORBED in own for own in layers.values()):
+        return "transformers' classes have no layers without the norms behind their branches"
+    if layers:
+        return "transformers' classes have no shapes per layer"
+    if (config.get(EXTENSION) or {}).get("biases"):
+        return "transformers' classes have no place for the added biases"
+    return ""

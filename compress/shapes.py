@@ -63,8 +63,8 @@ class ModelShape:
 
     @property
     def uniform(self) -> bool:
-        """True when all layers have equal head and channel counts (attention kinds may differ)."""
-        return len({(x.query_heads, x.kv_heads, x.head_dim, x.ffn, x.kind) for x in self.layers}) <= 1
+        """True when all layers have equal counts, norms and biases (attention kinds may differ)."""
+        return len({replace(x, attention=FULL) for x in self.layers}) <= 1
 
     @property
     def layer_parameters(self) -> int:

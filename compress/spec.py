@@ -9,12 +9,17 @@ from typing import Any
 
 from compress.errors import UserError
 from compress.family import (
+    ABSORBED,
+    BIASED,
+    EXTENSION,
     IGNORED_SUFFIXES,
     NORM_ROLES,
+    PER_LAYER,
     ROLE_AXES,
     Family,
     KindRule,
     TensorRule,
+    check_absorbable,
     find_family,
 )
 from compress.rope import VARIANTS, RopeSpec
@@ -188,10 +193,10 @@ def attention_kind(settings: Settings, index: int, rotary: bool) -> str:
 def resolve_layer(settings: Settings, index: int, attention: str, rotary: bool) -> LayerSpec:
     """Resolve one layer: sizes (with its `per_layer_config` overrides), stored names, window and rotation."""
     family, config = settings.family, settings.config
-    own = Settings({**config, **(config.get("per_layer_config") or {}).get(str(index), {})}, family)
+    changes = (config.get(PER_LAYER) or {}).get(str(index), {})
+    own = Settings({**config, **changes}, family)
     kind = find_kind(own, index)
-    rules = {**family.layer, **kind.tensors}
-    wanted = {role: rule for role, rule in rules.items() if not rule.when or settings.get(rule.when)}
+    wanted = layer_rules(settings, kind, read_absorbed(family, changes, index))
     names = {role: rule.name.format(layer=index, expert="{expert}") for role, rule in wanted.items()}
     heads = own.size("num_attention_heads")
     shape = LayerShape(
@@ -202,13 +207,51 @@ def resolve_layer(settings: Settings, index: int, attention: str, rotary: bool) 
         kind=kind.name,
         attention=attention,
         norms=tuple(role for role in NORM_ROLES if role in names),
-        biases=tuple(role.removesuffix("_bias") for role in names if role.endswith("_bias")),
+        biases=tuple(name for name in BIASED if f"{name}_bias" in names),
     )
     if shape.query_heads % shape.kv_heads:
         raise UserError(f"config.json: {heads} attention heads cannot share {shape.kv_heads} key/value heads evenly.")
     window = int(settings.get(family.window.size)) if attention == SLIDING else None
     rope = resolve_rope(settings, attention) if rotary else None
     return LayerSpec(shape, names, fused_parts(wanted), window, rope)
+
+
+def layer_rules(settings: Settings, kind: KindRule, absorbed: tuple[str, ...]) -> dict[str, TensorRule]:
+    """Return the rules of the tensors that a layer stores: what its flags switch on, less absorbed norms, added biases.
+
+    Added biases are our own extension of config.json: `lightpress: {"biases": ["o", "down"]}`, stored beside their
+    projection's weight.
+    """
+    rules = {**settings.family.layer, **kind.tensors}
+    wanted = {
+        role: rule
+        for role, rule in rules.items()
+        if role not in absorbed and (not rule.when or settings.get(rule.when))
+    }
+    for projection in read_added_biases(settings.config):
+        if projection not in BIASED or projection not in wanted:
+            raise UserError(
+                f"config.json: '{EXTENSION}' adds a bias to '{projection}', which is no projection that family "
+                f"'{settings.family.name}' stores on its own; remove it there."
+            )
+        name = wanted[projection].name.removesuffix(".weight") + ".bias"
+        wanted.setdefault(f"{projection}_bias", TensorRule(name))
+    return wanted
+
+
+def read_added_biases(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the projections whose biases config.json adds to what the family's own class has."""
+    return tuple((config.get(EXTENSION) or {}).get("biases") or ())
+
+
+def read_absorbed(family: Family, changes: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    """Return the norm roles that a layer lost to absorption; raises UserError for one that cannot be absorbed."""
+    absorbed = changes.get(ABSORBED) or []
+    if not isinstance(absorbed, list):
+        raise UserError(f"config.json: {ABSORBED} of layer {index} must be a list of norm roles, got {absorbed!r}.")
+    for role in absorbed:
+        check_absorbable(family, str(role))
+    return tuple(absorbed)
 
 
 def fused_parts(rules: Mapping[str, TensorRule]) -> dict[str, tuple[str, ...]]:

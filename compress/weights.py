@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ def read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch
     layer = spec.layers[index]
     stored = checkpoint.read(layer.names.values(), dtype)
     return split_fused(spec, layer, {role: stored[name] for role, name in layer.names.items()})
+
+
+def read_roles(
+    checkpoint: Checkpoint, spec: ModelSpec, index: int, roles: Collection[str], dtype: torch.dtype
+) -> Weights:
+    """Read some roles of one layer; a fused tensor is read whole and split."""
+    layer = spec.layers[index]
+    wanted = {role: name for role, name in layer.names.items() if {role, *layer.parts.get(role, ())} & set(roles)}
+    stored = checkpoint.read(wanted.values(), dtype)
+    split = split_fused(spec, layer, {role: stored[name] for role, name in wanted.items()})
+    return {role: tensor for role, tensor in split.items() if role in roles}
 
 
 def split_fused(spec: ModelSpec, layer: LayerSpec, stored: Weights) -> Weights:

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.errors import UserError
+from compress.family import POST_NORMS
 from compress.shapes import LayerShape, ModelShape
 from compress.spec import ModelSpec, resolve_model, role_axes
 from compress.spec_writer import write_config
@@ -23,6 +24,11 @@ def uniform_shape(spec: ModelSpec) -> ModelShape:
     Raises UserError for qk-norms over all heads, whose mean square the padding would change.
     """
     layers = spec.shape.layers
+    if any(role in spec.family.layer and role not in layer.norms for layer in layers for role in POST_NORMS):
+        raise UserError(
+            "Some layers have lost the norm behind a branch, so a padded copy would not open in stock code either; "
+            "use `lightpress export --target onnx`."
+        )
     groups, ffn = max(layer.kv_heads for layer in layers), max(layer.ffn for layer in layers)
     if spec.family.attention.qk_norm == "all" and any(layer.kv_heads != groups for layer in layers):
         raise UserError(
