@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,36 @@ from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.decoder import compute_logits
 from compress.evaluate import fill_hidden
+from compress.gradients import BackwardOptions, first_order_scores, stream_backward
 from compress.hidden import HiddenStore
 from compress.importance.findings import Findings, collect_findings, reduce_all
-from compress.plan import Plan, keep_everything, make_plan, plan_shape
-from compress.probe import weigh_axes
+from compress.plan import Plan, keep_everything
 from compress.recipe import Recipe
-from compress.spec import LayerSpec, ModelSpec, resolve_model
-from compress.spec_writer import write_config
-from compress.surgery.rebuild import Rebuild, Streams, rebuild_layers
-from compress.surgery.width import fold_embedding_scale, slice_weights
+from compress.settle import absorb_rows, list_constants, planned_constants, report_absorption
+from compress.spec import LayerSpec, ModelSpec
+from compress.spec_change import resolve_absorbed
+from compress.surgery.absorbed_view import Constants, absorb_checkpoint, check_rotation
+from compress.surgery.describe import describe_new
+from compress.surgery.ends import cut_ends, finish_norm, read_new_head, storage_types
+from compress.surgery.job import Rebuild, open_streams, start_pruned
+from compress.surgery.rebuild import rebuild_layers
+from compress.surgery.rotate import (
+    choose_rotation,
+    collect_stream_gram,
+    require_rotatable,
+    rotate_checkpoint,
+    rotated_findings,
+)
 from compress.text import Windows
-from compress.weights import Weights, fuse_parts
+from compress.trials import Bench, search_plan
+from compress.weights import Weights, fuse_parts, read_head, read_spec
 
 Progress = Callable[[str, int, int], None]
 END_ROLES = ("embed", "final_norm", "head")
 SAMPLE = (2, 64)  # windows and tokens whose logits prove the written model; a large vocabulary makes them big
 NEEDS = frozenset({ATTENTION, MLP, NORMS})
+NEED_SLOPES = ("taylor",)
+SLOPE_WINDOWS = 10  # calibration samples of LLM-Pruner (methods 8.6)
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -66,12 +80,53 @@ def find_units(task: Task, progress: Progress = ignore_progress) -> Findings:
     """Run pass 1 on the dense model and return its findings; uses about `recipe.score_tokens` tokens."""
     checkpoint, spec, windows, recipe = task.checkpoint, task.spec, task.windows, task.recipe
     used = windows.take(math.ceil((recipe.score_tokens or count_score_tokens(spec)) / windows.ids.shape[1]))
+    slopes = find_slopes(task) if recipe.score in NEED_SLOPES else None
     with HiddenStore((*used.ids.shape, spec.shape.hidden), recipe.spill_bytes) as store:
         layers = stream_dense(checkpoint, spec, used, store, NEEDS)
-        found, sums = reduce_all(spec, watch(layers, "calibrate", len(spec.layers), progress), recipe.score)
+        watched = watch(layers, "calibrate", len(spec.layers), progress)
+        found, sums = reduce_all(spec, watched, recipe.score, recipe.seed, slopes)
         final = observe_final(checkpoint, spec, store)
     sums.add([final])
     return collect_findings(found, sums)
+
+
+def find_slopes(task: Task) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return layer -> first-order importances of its units, from a backward pass over a few windows (methods 8.6)."""
+    options = BackwardOptions(weights=True, spill_bytes=task.recipe.spill_bytes)
+    slopes = {}
+    for found in stream_backward(task.checkpoint, task.spec, task.windows.take(SLOPE_WINDOWS), options):
+        slopes[found.index] = first_order_scores(found.weights, found.values, task.spec, found.index)
+        del found
+    return slopes
+
+
+def turn_task(task: Task, pinned: Sequence[int], constants: Constants) -> Task:
+    """Return the task on the rotated model, whose post-norms are absorbed with `constants` before (methods 8.5).
+
+    Raises UserError where a post-norm is left: a rotated stream cannot pass it.
+    """
+    recipe = task.recipe
+    if constants:
+        absorbed = absorb_checkpoint(task.checkpoint, task.spec, constants)
+        recipe = replace(recipe, absorb="none")  # nothing is left to absorb
+        task = replace(task, checkpoint=absorbed, spec=read_spec(absorbed), recipe=recipe)
+    gram = collect_stream_gram(task.checkpoint, task.spec, task.windows, recipe.spill_bytes)
+    rotated = rotate_checkpoint(task.checkpoint, task.spec, choose_rotation(gram, pinned))
+    return replace(task, checkpoint=rotated, spec=read_spec(rotated))
+
+
+def turn_planned(task: Task, plan: Plan) -> Task:
+    """Return the task in the basis that the plan's hidden channels are counted in."""
+    check_turnable(plan, task.spec, task.recipe)
+    if task.recipe.rotate == "none" or len(plan.hidden) == task.spec.shape.hidden:
+        return task
+    return turn_task(task, plan.notes.get("pinned_channels", ()), planned_constants(plan))
+
+
+def check_turnable(plan: Plan, spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise UserError where the recipe rotates what the plan cuts, but the plan leaves a post-norm in some layer."""
+    if recipe.rotate != "none" and len(plan.hidden) < spec.shape.hidden:
+        require_rotatable(resolve_absorbed(spec, planned_constants(plan)))
 
 
 def count_score_tokens(spec: ModelSpec) -> int:
@@ -98,10 +153,14 @@ def compress_checkpoint(
     started = time.perf_counter()
     if plan == keep_everything(task.spec.shape):
         ids, stream, new = *copy_checkpoint(task, writer), task.spec
+        ends = read_head(task.checkpoint, task.spec, torch.float32)
     else:
-        new = resolve_model(new_config(task.spec, plan), None)
-        ids, stream = rebuild_checkpoint(task, plan, new, writer, progress)
-    logits = compute_sample(task, plan, new, stream)
+        task = turn_planned(task, plan)
+        new = describe_new(task.spec, plan, task.recipe)
+        ids, stream, final = rebuild_checkpoint(task, plan, new, writer, progress)
+        job = Rebuild(task.checkpoint, task.spec, new, plan, task.recipe, {})
+        ends = {"final_norm": final.to(torch.float32), "head": read_new_head(job)}
+    logits = compute_logits(new, ends, stream)
     return Result(plan, new, ids, logits, {"rebuild": time.perf_counter() - started})
 
 
@@ -117,83 +176,34 @@ def copy_checkpoint(task: Task, writer: CheckpointWriter) -> tuple[Tensor, Tenso
 
 def rebuild_checkpoint(
     task: Task, plan: Plan, new: ModelSpec, writer: CheckpointWriter, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """Run pass 2, writing each layer as it is done; return sample ids and the pruned model's last stream for them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run pass 2, writing each layer as it is done; return sample ids, their last stream, and the final norm."""
     checkpoint, spec, windows = task.checkpoint, task.spec, task.windows
     with ExitStack() as stack:
-        streams = open_streams(stack, spec, new, windows, task.recipe)
-        ends = cut_ends(checkpoint, spec, new, plan)
+        job = Rebuild(checkpoint, spec, new, plan, task.recipe, storage_types(checkpoint, spec, new))
+        streams = open_streams(stack, job, windows)
         fill_embeddings(checkpoint, spec, windows, streams.dense)
-        start_pruned(new, windows, streams, ends["embed"])
-        for role in list(ends):
-            writer.add(new.names[role], ends.pop(role))
-        job = Rebuild(checkpoint, spec, new, plan, task.recipe.repair == "lstsq", storage_types(checkpoint, spec))
+        for role in ("embed", "head"):
+            for name, tensor in cut_ends(job, (role,)).items():
+                if name == "embed":
+                    start_pruned(new, windows, streams, tensor)
+                writer.add(new.names[name], tensor)
+                del tensor
         progress("rebuild", 0, len(new.layers))
         layers = rebuild_layers(job, streams)
         for place, layer in enumerate(new.layers):
             write_layer(writer, layer, next(layers))
             progress("rebuild", place + 1, len(new.layers))
+        final = finish_norm(job, streams)
+        writer.add(new.names["final_norm"], final)
         ids = windows.ids[: SAMPLE[0], : SAMPLE[1]]
-        return ids, streams.pruned.read(0, len(ids))[:, : SAMPLE[1]]
+        return ids, streams.pruned.read(0, len(ids))[:, : SAMPLE[1]], final
 
 
 def write_layer(writer: CheckpointWriter, layer: LayerSpec, weights: Weights) -> None:
     """Write one layer; nothing of it is held when the next is made."""
     for role, tensor in fuse_parts(layer, weights).items():
         writer.add(layer.names[role], tensor)
-
-
-def compute_sample(task: Task, plan: Plan, new: ModelSpec, stream: Tensor) -> Tensor:
-    """Return the new model's logits `[windows, tokens, vocab]` on its last stream."""
-    output = "embed" if new.shape.tied else "head"
-    ends = cut_ends(task.checkpoint, task.spec, new, plan, ("final_norm", output))
-    head = ends[output].to(torch.float32)
-    return compute_logits(new, {"final_norm": ends["final_norm"].to(torch.float32), "head": head}, stream)
-
-
-def open_streams(stack: ExitStack, old: ModelSpec, new: ModelSpec, windows: Windows, recipe: Recipe) -> Streams:
-    """Allocate both streams and the room for a projection's inputs."""
-    count, length = windows.ids.shape
-    widest = max(max(layer.shape.query, layer.shape.ffn) for layer in new.layers)
-    dense, pruned, inputs = (
-        stack.enter_context(HiddenStore((count, length, width), recipe.spill_bytes))
-        for width in (old.shape.hidden, new.shape.hidden, widest)
-    )
-    return Streams(dense, pruned, inputs, torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1))
-
-
-def start_pruned(new: ModelSpec, windows: Windows, streams: Streams, embed: Tensor) -> None:
-    """Fill the pruned stream with the embeddings as they are written, rounding included."""
-    for start, stop in streams.spans():
-        rows = embed[windows.ids[start:stop]].to(torch.float32)
-        streams.pruned.write(start, rows * new.embedding_multiplier)
-
-
-def cut_ends(
-    checkpoint: Checkpoint, old: ModelSpec, new: ModelSpec, plan: Plan, roles: Sequence[str] = END_ROLES
-) -> dict[str, Tensor]:
-    """Return embedding, final norm and (untied) head cut to the kept channels, each in its storage type.
-
-    Matrices are cut as they are stored, one at a time: with a large vocabulary float32 copies would be the peak.
-    """
-    kept, ends = {"hidden": torch.tensor(plan.hidden)}, {}
-    for role in roles:
-        if role == "head" and old.shape.tied:
-            continue
-        stored = checkpoint.read_one(old.names[role])
-        exact = stored if stored.dim() > 1 else stored.to(torch.float32)
-        ends[role] = slice_weights(old, {role: exact}, kept)[role]
-    folded = fold_embedding_scale(old, new, ends)
-    return {role: tensor.to(checkpoint.tensors[old.names[role]].dtype) for role, tensor in folded.items()}
-
-
-def storage_types(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.dtype]:
-    """Return the type that the checkpoint stores each role of a layer in (norms may differ from matrices)."""
-    layer = spec.layers[0]
-    types: dict[str, torch.dtype] = {}
-    for role, name in layer.names.items():
-        types |= dict.fromkeys(layer.parts.get(role, (role,)), checkpoint.tensors[name].dtype)
-    return types
 
 
 def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:
@@ -205,14 +215,27 @@ def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:
     """Run pass 1 and return the plan (keeping everything needs no pass)."""
     if task.recipe.keep == 1:
         return keep_everything(task.spec.shape)
+    check_rotation(task.spec, task.recipe)
     findings = find_units(task, progress)
-    weights = weigh_axes(task.checkpoint, task.spec, findings, task.windows, task.recipe.axes)
-    return make_plan(task.spec, findings, task.recipe, weights)
+    turns = task.recipe.rotate != "none" and "hidden" in task.recipe.axes
+    plan = plan_turned(task, findings, progress) if turns else search_plan(open_bench(task), findings, progress)
+    return replace(plan, notes={**plan.notes, "rotate": task.recipe.rotate if turns else "none"})
 
 
-def new_config(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
-    """Return the config.json of the compressed model; UserError when no stock class accepts the shape."""
-    return write_config(spec, plan_shape(plan, spec.shape), plan.kept_layers)
+def plan_turned(task: Task, findings: Findings, progress: Progress) -> Plan:
+    """Return the plan made on the rotated model; where that took post-norms away, the plan takes them away too."""
+    constants = list_constants(report_absorption(findings, task.recipe))
+    turned = turn_task(task, findings.pinned, constants)
+    gram = collect_stream_gram(turned.checkpoint, turned.spec, task.windows, task.recipe.spill_bytes)
+    plan = search_plan(open_bench(turned), rotated_findings(findings, gram.diagonal()), progress)
+    # The rotation is made again from the pinned channels of the dense model when the plan is carried out.
+    plan = replace(plan, notes={**plan.notes, "pinned_channels": list(findings.pinned)})
+    return absorb_rows(task.spec, findings, task.recipe, plan) if constants else plan
+
+
+def open_bench(task: Task) -> Bench:
+    """Return where the task's plans are tried."""
+    return Bench(task.checkpoint, task.spec, task.windows, task.recipe)
 
 
 def describe_run(recipe: Recipe, windows: Windows) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.family import POST_NORMS
 from compress.importance.findings import Findings
 from compress.recipe import Recipe
 from compress.shapes import LayerShape, ModelShape
 from compress.spec import ModelSpec
-from compress.spec_writer import find_writer
 
 VERSION = 1
-OBSERVED = ("dense_shape", "pinned_channels", "scored_tokens", "skipped_sink_tokens")
+OBSERVED = ("dense_shape", "rotate", "pinned_channels", "scored_tokens", "skipped_sink_tokens", "absorption")
 # Accelerators and vector units work on tiles of 16 (reference: ascend tiles, AVX-512 lanes of float32).
 DEFAULT_MULTIPLE = 16
 # Loss grows faster than damage: 1.15 to 1.3 on FFN, KV and depth of the models we measured (benchmarks/damage.py).
@@ -25,12 +25,50 @@ LOSS_EXPONENT = 1.2
 
 
 @dataclass(frozen=True)
+class MergedGroups:
+    """KV groups of one dense layer; in a plan, groups of a dropped layer that live on in a kept one (CLAP).
+
+    `scale`, where a norm follows attention: the layer's calibrated 1 / rms over that of the layer it joins.
+    """
+
+    layer: int
+    kv_groups: tuple[int, ...]
+    scale: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as plain data."""
+        scale = {"scale": self.scale} if self.scale != 1 else {}
+        return {"layer": self.layer, "kv_groups": list(self.kv_groups), **scale}
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """One kept layer: its index in the dense model and what stays of it."""
+    """One kept layer: its index in the dense model, what stays of it, and the dropped layers' groups it takes in.
+
+    `absorbed` names the post-norms that go, each with the constant that takes the place of its 1 / rms.
+    """
 
     layer: int
     kv_groups: tuple[int, ...]
     ffn: tuple[int, ...]
+    merged: tuple[MergedGroups, ...] = ()
+    absorbed: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def sources(self) -> tuple[MergedGroups, ...]:
+        """All groups of the new layer's attention in their order there: its own, then those taken in."""
+        return (MergedGroups(self.layer, self.kv_groups), *self.merged)
+
+    @property
+    def group_count(self) -> int:
+        """KV groups of the new layer."""
+        return sum(len(source.kv_groups) for source in self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as plain data."""
+        merged = {"merged": [groups.to_json() for groups in self.merged]} if self.merged else {}
+        absorbed = {"absorbed": dict(self.absorbed)} if self.absorbed else {}
+        return {"layer": self.layer, "kv_groups": list(self.kv_groups), **merged, "ffn": list(self.ffn), **absorbed}
 
 
 @dataclass(frozen=True)
@@ -48,14 +86,20 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
-        rows = [{"layer": x.layer, "kv_groups": list(x.kv_groups), "ffn": list(x.ffn)} for x in self.layers]
+        rows = [layer.to_json() for layer in self.layers]
         return {"version": VERSION, **self.notes, "hidden": list(self.hidden), "layers": rows}
 
 
 def plan_shape(plan: Plan, shape: ModelShape) -> ModelShape:
     """Return the shape that a plan makes of a dense shape."""
-    layers = tuple(shape.layers[x.layer].resize(len(x.kv_groups), len(x.ffn)) for x in plan.layers)
-    return replace(shape, hidden=len(plan.hidden), layers=layers)
+    return replace(shape, hidden=len(plan.hidden), layers=tuple(row_shape(row, shape) for row in plan.layers))
+
+
+def row_shape(row: LayerPlan, shape: ModelShape) -> LayerShape:
+    """Return the shape of one kept layer."""
+    sized = shape.layers[row.layer].resize(row.group_count, len(row.ffn))
+    gone = dict(row.absorbed)
+    return replace(sized, norms=tuple(role for role in sized.norms if role not in gone))
 
 
 def keep_everything(shape: ModelShape) -> Plan:
@@ -79,10 +123,11 @@ def read_plan(path: Path, shape: ModelShape) -> Plan:
         raise UserError(f"{path}: was made for another model ({made_for}, this one is {outline_shape(shape)}).")
     hidden = check_indices(data.get("hidden"), shape.hidden, f"{path}: hidden")
     places = [row.get("layer") if isinstance(row, dict) else None for row in data["layers"]]
-    check_indices(places, len(shape.layers), f"{path}: layers")
-    layers = tuple(read_layer_plan(row, shape.layers[row["layer"]], path) for row in data["layers"])
+    kept = check_indices(places, len(shape.layers), f"{path}: layers")
+    layers = tuple(read_layer_plan(row, shape, kept, path) for row in data["layers"])
     # What was predicted for the plan as it was made does not hold for an edited one; what was seen does.
     notes = {key: data[key] for key in OBSERVED if key in data}
+    check_absorption(notes.get("absorption", []), shape, f"{path}: absorption")
     return Plan(hidden, layers, notes)
 
 
@@ -93,11 +138,81 @@ def outline_shape(shape: ModelShape) -> dict[str, int]:
     return {**sizes, "vocabulary": shape.vocab}
 
 
-def read_layer_plan(row: dict[str, Any], layer: LayerShape, path: Path) -> LayerPlan:
-    """Read the entry of one layer."""
-    where = f"{path}: layer {row['layer']}"
-    groups = check_indices(row.get("kv_groups"), layer.kv_heads, f"{where} kv_groups")
-    return LayerPlan(row["layer"], groups, check_indices(row.get("ffn"), layer.ffn, f"{where} ffn"))
+def read_layer_plan(row: dict[str, Any], shape: ModelShape, kept: tuple[int, ...], path: Path) -> LayerPlan:
+    """Read the entry of one layer; `kept` are all layers that the plan keeps."""
+    index, where = row["layer"], f"{path}: layer {row['layer']}"
+    merged = read_merged(row.get("merged", []), index, shape, kept, where)
+    groups: tuple[int, ...] = ()
+    if not (merged and row.get("kv_groups") == []):  # a layer may live on borrowed groups alone
+        groups = check_indices(row.get("kv_groups"), shape.layers[index].kv_heads, f"{where} kv_groups")
+    ffn = check_indices(row.get("ffn"), shape.layers[index].ffn, f"{where} ffn")
+    return LayerPlan(index, groups, ffn, merged, read_absorbed(row.get("absorbed", {}), shape.layers[index], where))
+
+
+def read_absorbed(entries: Any, layer: LayerShape, where: str) -> tuple[tuple[str, float], ...]:
+    """Read the post-norms that go from a layer, with their constants."""
+    known = [role for role in POST_NORMS if role in layer.norms]
+    if not isinstance(entries, dict) or any(role not in known for role in entries):
+        have = " and ".join(known) or "none"
+        raise UserError(f"{where} absorbed must name norms behind branches (this layer has {have}), each a number.")
+    return tuple((role, check_positive(constant, f"{where} absorbed: {role}")) for role, constant in entries.items())
+
+
+def check_absorption(entries: Any, shape: ModelShape, where: str) -> None:
+    """Raise UserError unless each entry names a layer, a norm behind one of its branches and that norm's constant."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{where} must be the list that `lightpress plan` wrote; make the plan anew.")
+    for entry in entries:
+        layer = entry.get("layer")
+        if type(layer) is not int or not 0 <= layer < len(shape.layers):
+            raise UserError(f"{where} names layer {layer!r}, but the model has layers 0 to {len(shape.layers) - 1}.")
+        read_absorbed({str(entry.get("norm")): entry.get("constant")}, shape.layers[layer], f"{where}: layer {layer}")
+
+
+def read_merged(
+    entries: Any, index: int, shape: ModelShape, kept: tuple[int, ...], where: str
+) -> tuple[MergedGroups, ...]:
+    """Read the groups that the kept layer `index` takes in from the layers dropped right after it."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f'{where} merged must be a list of entries such as {{"layer": 6, "kv_groups": [0, 2]}}.')
+    merged: dict[int, MergedGroups] = {}
+    for entry in entries:
+        layer = entry.get("layer")
+        check_merged_layer(layer, index, len(shape.layers), kept, f"{where} merged")
+        if layer in merged:
+            raise UserError(f"{where} merged names layer {layer} twice; list all its groups in one entry.")
+        place = f"{where} merged: layer {layer}"
+        groups = check_indices(entry.get("kv_groups"), shape.layers[layer].kv_heads, f"{place} kv_groups")
+        merged[layer] = MergedGroups(layer, groups, read_scale(entry, shape.layers[index], place))
+    return tuple(merged.values())
+
+
+def read_scale(entry: Mapping[str, Any], layer: LayerShape, where: str) -> float:
+    """Read what the outputs of merged groups are scaled by; 1 where the entry does not say."""
+    if "scale" not in entry:
+        return 1.0
+    if "attn_out" not in layer.norms:
+        raise UserError(f"{where} has a scale, which only models with a norm behind attention take; remove it.")
+    return check_positive(entry["scale"], f"{where} scale")
+
+
+def check_positive(value: Any, where: str) -> float:
+    """Return a finite number above 0; raises UserError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where} must be a number above 0, got {value!r}.")
+    return float(value)
+
+
+def check_merged_layer(layer: Any, index: int, count: int, kept: tuple[int, ...], where: str) -> None:
+    """Raise UserError unless `layer` was dropped after the kept layer `index` and before the next kept one."""
+    if type(layer) is not int or not 0 <= layer < count:
+        raise UserError(f"{where} names layer {layer!r}, but the model has layers 0 to {count - 1}.")
+    if layer in kept:
+        raise UserError(f"{where} names layer {layer}, which the plan keeps; take it out of 'merged' or of 'layers'.")
+    before = max((other for other in kept if other < layer), default=None)
+    if before != index:
+        hint = "no kept layer stands before it" if before is None else f"it can live on in layer {before} only"
+        raise UserError(f"{where} names layer {layer}, but {hint}; move or remove that entry.")
 
 
 def check_indices(values: Any, size: int, where: str) -> tuple[int, ...]:
@@ -109,117 +224,14 @@ def check_indices(values: Any, size: int, where: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A uniform shape: layers dropped, KV groups, hidden width and FFN channels that stay."""
-
-    dropped: int
-    groups: int
-    hidden: int
-    ffn: int
-
-
-def make_plan(spec: ModelSpec, findings: Findings, recipe: Recipe, weights: Mapping[str, float]) -> Plan:
-    """Choose the uniform shape of least predicted loss within the budget, then the units that stay.
-
-    `weights` says what damage costs on each axis (1 where absent). Raises UserError when no shape on the
-    grid fits the budget.
-    """
-    budget = int(recipe.keep * spec.shape.layer_parameters)
-    candidates = list_candidates(spec, findings, recipe, budget)
-    if not candidates:
-        raise UserError(
-            f"--keep {recipe.keep:g} cannot be met by pruning {','.join(recipe.axes)} in allowed steps; "
-            "allow more --axes, a smaller --multiple, or keep more."
-        )
-    # The damage of a hidden width is a sum over all norms: once per width, not once per candidate.
-    hidden = {width: findings.hidden_damage(width) for width in {candidate.hidden for candidate in candidates}}
-    losses = [
-        predict_loss(axis_damage(findings, candidate, hidden[candidate.hidden]), weights) for candidate in candidates
-    ]
-    best, predicted = min(zip(candidates, losses, strict=True), key=lambda pair: sum(pair[1].values()))
-    plan = fill_plan(spec, findings, best)
-    return replace(plan, notes=describe_choice(spec, findings, plan, predicted))
-
-
 def step_size(size: int, recipe: Recipe) -> int:
     """Return the multiple that a channel count keeps to: never a coarser one than the dense model keeps itself."""
     return recipe.multiple or math.gcd(size, DEFAULT_MULTIPLE)
 
 
-def list_candidates(spec: ModelSpec, findings: Findings, recipe: Recipe, budget: int) -> list[Candidate]:
-    """List shapes on the grid that fit the budget, each with as many FFN channels as it allows."""
-    shape = spec.shape
-    step, ffn_step = step_size(shape.hidden, recipe), step_size(shape.layers[0].ffn, recipe)
-    groups = min(layer.kv_heads for layer in shape.layers)
-    drops = range(len(findings.drop_order) + 1) if "layers" in recipe.axes else range(1)
-    group_counts = range(groups, 0, -1) if "kv" in recipe.axes else (groups,)
-    pinned = max(len(findings.pinned), step)
-    widths = grid(shape.hidden, step, pinned) if "hidden" in recipe.axes else (shape.hidden,)
-    found = []
-    for dropped in drops:
-        kept = [i for i in range(len(shape.layers)) if i not in findings.drop_order[:dropped]]
-        for count in group_counts:
-            for width in widths:
-                sized = replace(shape.keep_layers(kept), hidden=width)
-                ffn = fit_ffn(sized, count, ffn_step if "ffn" in recipe.axes else 0, budget)
-                if ffn and writable(spec, sized, count, ffn):
-                    found.append(Candidate(dropped, count, width, ffn))
-    return found
-
-
 def grid(size: int, step: int, least: int) -> tuple[int, ...]:
     """Return `size` and the multiples of `step` below it, down to `least`."""
     return (size, *range((size - 1) // step * step, least - 1, -step))
-
-
-def fit_ffn(shape: ModelShape, groups: int, step: int, budget: int) -> int:
-    """Return the most FFN channels that fit the budget (all or none when `step` is 0); 0 when nothing fits."""
-    full = min(layer.ffn for layer in shape.layers)
-    bare = replace(shape, layers=tuple(layer.resize(groups, 0) for layer in shape.layers))
-    each = replace(shape, layers=tuple(layer.resize(groups, 1) for layer in shape.layers))
-    per_channel = each.layer_parameters - bare.layer_parameters
-    fitting = (budget - bare.layer_parameters) // per_channel
-    if fitting >= full:
-        return full
-    return max(fitting // step * step, 0) if step else 0
-
-
-def writable(spec: ModelSpec, shape: ModelShape, groups: int, ffn: int) -> bool:
-    """Tell whether some stock configuration class accepts the shape."""
-    sized = replace(shape, layers=tuple(layer.resize(groups, ffn) for layer in shape.layers))
-    return find_writer(spec, sized) is not None
-
-
-def axis_damage(findings: Findings, candidate: Candidate, hidden: float | None = None) -> dict[str, float]:
-    """Return the predicted damage of each axis's cuts: stream error per stream energy, summed over layers.
-
-    `hidden` is the damage of the candidate's width where the caller has it already.
-    """
-    gone = set(findings.drop_order[: candidate.dropped])
-    kept = [layer for layer in findings.layers if layer.index not in gone]
-    return {
-        "ffn": sum(layer.ffn_damage(candidate.ffn) for layer in kept),
-        "kv": sum(layer.kv_damage(candidate.groups) for layer in kept),
-        "hidden": findings.hidden_damage(candidate.hidden) if hidden is None else hidden,
-        "layers": sum(layer.drop_damage for layer in findings.layers if layer.index in gone),
-    }
-
-
-def predict_loss(damage: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the predicted loss of each axis's cuts: what the axis costs times its damage to the power 1.2."""
-    return {axis: weights.get(axis, 1.0) * value**LOSS_EXPONENT for axis, value in damage.items()}
-
-
-def fill_plan(spec: ModelSpec, findings: Findings, chosen: Candidate) -> Plan:
-    """Pick the units of a chosen shape by their rankings."""
-    gone = set(findings.drop_order[: chosen.dropped])
-    layers = tuple(
-        LayerPlan(layer.index, layer.kv.keep(chosen.groups), layer.ffn.keep(chosen.ffn))
-        for layer in findings.layers
-        if layer.index not in gone
-    )
-    return Plan(findings.keep_hidden(chosen.hidden), layers)
 
 
 def describe_choice(spec: ModelSpec, findings: Findings, plan: Plan, predicted: Mapping[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ by side, and the loss that each adds fixes that axis's weight in the plan's loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
 from compress.hidden import batches, release_memory
 from compress.importance.findings import Findings
-from compress.plan import LOSS_EXPONENT, Candidate, Plan, axis_damage, fill_plan, keep_everything, plan_shape
+from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, keep_everything, plan_shape
 from compress.recipe import AXES
 from compress.spec import ModelSpec
 from compress.surgery.width import axis_rows, slice_weights
@@ -30,6 +30,7 @@ LEAST_TOKENS, MOST_TOKENS, PARAMETER_TOKENS = 512, 4096, 2**33
 # Share of an axis that its probe removes: about what plans remove, so that the exponent has little to bridge.
 CUTS = {"ffn": 0.25, "kv": 0.25, "hidden": 0.15, "layers": 0.15}
 LEAST = 0.002  # nats: below this the loss a probe adds is noise of so few tokens
+NOTHING = 1e-9  # priced damage of units that do nothing: rounding, or the damping of the least squares
 
 
 @dataclass
@@ -44,35 +45,60 @@ class Probe:
 def weigh_axes(
     checkpoint: Checkpoint, spec: ModelSpec, findings: Findings, windows: Windows, axes: Sequence[str] = AXES
 ) -> dict[str, float]:
-    """Return axis -> loss in nats at one unit of predicted damage, measured on 512 to 4096 tokens."""
+    """Return axis -> loss in nats at one unit of priced damage, measured on 512 to 4096 tokens without repair."""
     tokens = min(max(LEAST_TOKENS, PARAMETER_TOKENS // spec.shape.parameters), MOST_TOKENS)
     ids = windows.ids[-max(1, tokens // windows.ids.shape[1]) :]
-    candidates = {axis: cut for axis, cut in probe_candidates(spec, findings).items() if axis in axes}
-    plans = {axis: fill_plan(spec, findings, candidate) for axis, candidate in candidates.items()}
-    plans["dense"] = keep_everything(spec.shape)
-    losses = run_probes(checkpoint, spec, plans, ids)
-    weights = {}
-    for axis, candidate in candidates.items():
-        added = max(losses[axis] - losses["dense"], LEAST)
-        weights[axis] = added / max(axis_damage(findings, candidate)[axis], 1e-9) ** LOSS_EXPONENT
-    return weights
+    plans = {axis: plan for axis, plan in probe_plans(spec, findings, CUTS).items() if axis in axes}
+    losses = run_probes(checkpoint, spec, {**plans, "dense": keep_everything(spec.shape)}, ids)
+    return {
+        axis: price_damage(losses[axis] - losses["dense"], probe_damage(findings, plan, axis))
+        for axis, plan in plans.items()
+    }
 
 
-def probe_candidates(spec: ModelSpec, findings: Findings) -> dict[str, Candidate]:
-    """Return one moderately cut shape per axis that can be cut at all."""
+def price_damage(added: float, damage: float) -> float:
+    """Return the loss in nats at one unit of priced damage; 1 where a probe did no damage, and so tells nothing."""
+    return max(added, LEAST) / damage if damage > NOTHING else 1.0
+
+
+def probe_plans(spec: ModelSpec, findings: Findings, cuts: Mapping[str, float]) -> dict[str, Plan]:
+    """Return one plan per axis that can be cut at all, each without the share `cuts` of that axis alone."""
     groups = min(layer.kv_heads for layer in spec.shape.layers)
     ffn = min(layer.ffn for layer in spec.shape.layers)
-    full = Candidate(0, groups, spec.shape.hidden, ffn)
+    hidden = spec.shape.hidden
+    full = keep_everything(spec.shape)
+    less_ffn, less_hidden = max(1, int(ffn * (1 - cuts["ffn"]))), max(1, int(hidden * (1 - cuts["hidden"])))
     found = {
-        "ffn": replace(full, ffn=max(1, int(ffn * (1 - CUTS["ffn"])))),
-        "hidden": replace(full, hidden=max(1, int(full.hidden * (1 - CUTS["hidden"])))),
+        "ffn": replace_rows(full, lambda row: replace(row, ffn=findings.layers[row.layer].ffn.keep(less_ffn))),
+        "hidden": replace(full, hidden=findings.keep_hidden(less_hidden)),
     }
     if groups > 1:
-        found["kv"] = replace(full, groups=groups - max(1, round(CUTS["kv"] * groups)))
+        less = groups - max(1, min(groups - 1, round(cuts["kv"] * groups)))
+        found["kv"] = replace_rows(full, lambda row: replace(row, kv_groups=findings.layers[row.layer].kv.keep(less)))
     if findings.drop_order:
-        dropped = max(1, round(CUTS["layers"] * len(spec.layers)))
-        found["layers"] = replace(full, dropped=min(dropped, len(findings.drop_order)))
+        count = min(max(1, round(cuts["layers"] * len(spec.layers))), len(findings.drop_order))
+        gone = findings.drop_order[:count]
+        found["layers"] = replace(full, layers=tuple(row for row in full.layers if row.layer not in gone))
     return found
+
+
+def replace_rows(plan: Plan, change: Callable[[LayerPlan], LayerPlan]) -> Plan:
+    """Return the plan with every layer's row changed."""
+    return replace(plan, layers=tuple(change(row) for row in plan.layers))
+
+
+def probe_damage(findings: Findings, plan: Plan, axis: str) -> float:
+    """Return what the price of an axis multiplies: its damage to the power 1.2, summed over layers."""
+    if axis == "hidden":
+        return float(findings.hidden_damage(len(plan.hidden)) ** LOSS_EXPONENT)
+    rows = {row.layer: row for row in plan.layers}
+    if axis == "layers":
+        return float(sum(layer.drop_damage**LOSS_EXPONENT for layer in findings.layers if layer.index not in rows))
+    damages = {
+        "kv": lambda layer: layer.kv_damage(len(rows[layer.index].kv_groups)),
+        "ffn": lambda layer: layer.ffn_damage(len(rows[layer.index].ffn)),
+    }
+    return float(sum(max(damages[axis](layer), 0.0) ** LOSS_EXPONENT for layer in findings.layers))
 
 
 def run_probes(checkpoint: Checkpoint, spec: ModelSpec, plans: Mapping[str, Plan], ids: Tensor) -> dict[str, float]:

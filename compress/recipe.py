@@ -8,6 +8,24 @@ from typing import Any
 from compress.errors import UserError
 
 AXES = ("ffn", "kv", "hidden", "layers")
+CHOICES = {
+    "ratio": ("loss", "equal", "softmax", "zscore"),
+    "shapes": ("uniform", "per-layer"),
+    "depth": ("clap", "drop"),
+    "norms": ("none", "slnp", "calibrated"),
+    "absorb": ("none", "safe", "all"),
+    "absorb_constant": ("least-squares", "mean-inverse"),
+    "rotate": ("none", "pca"),
+    "repair": ("lstsq", "diagonal", "bias", "none"),
+    "biases": ("none", "stock", "own"),
+    "target": ("corrected", "dense", "own"),
+    "inputs": ("auto", "lstsq", "none"),
+}
+# Least values; -1 stands for automatic.
+LEAST = {
+    "windows": 1, "length": 1, "shard_bytes": 1, "multiple": 0, "score_tokens": 0, "spill_bytes": 0, "absorb_limit": 0,
+    "refine": -1, "trials": -1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,9 +39,37 @@ class Recipe:
     multiple: int = 0
     """Kept channels are a multiple of this; 0 means 16, or the power of two below it that the dense size has."""
     score: str = "obs"
-    """How units are ranked: `activation` (rms activation x weight norm) or `obs` (greedy optimal brain surgeon)."""
+    """How units are ranked: `obs` (greedy optimal brain surgeon) or another name of `compress.importance.SCORES`."""
+    ratio: str = "loss"
+    """How the budget is shared among layers: `loss` (the optimiser), `equal`, `softmax` (SlimLLM), `zscore` (FLAP)."""
+    shapes: str = "uniform"
+    """`uniform`: all layers alike, as stock runtimes want them; `per-layer`: each its own."""
+    depth: str = "drop"
+    """A dropped layer's attention groups go with it (`drop`), or may live on in the layer before it (`clap`)."""
+    norms: str = "calibrated"
+    """RMSNorm weights after cuts: `none`, `slnp` (L2 kept), or `calibrated` on the text (the final norm too)."""
+    absorb: str = "none"
+    """Post-norms folded into the projection before them: `none`, `safe` (where they vary little), or `all`."""
+    absorb_limit: float = 0.15
+    """Coefficient of variation up to which `safe` absorbs a post-norm."""
+    absorb_constant: str = "least-squares"
+    """What replaces 1/rms: the `least-squares` constant, or the `mean-inverse` of the paper."""
+    rotate: str = "none"
+    """Basis of the hidden width: as it is (`none`), or principal components, one rotation for all layers (`pca`)."""
     repair: str = "lstsq"
-    """Repair of o and down: `lstsq` (least squares with the residual-corrected target) or `none`."""
+    """Repair of o and down: `lstsq`, `diagonal` (SlimLLM's regression), `bias` (FLAP's compensation) or `none`."""
+    biases: str = "none"
+    """Biases on o and down that a repair may fill: `none`, `stock` (where the family's class has a place for them), or
+    `own` (everywhere; only Lightpress opens the result)."""
+    target: str = "corrected"
+    """What the repair aims at: the dense stream (`corrected`), the dense branch (`dense`), or the unpruned branch on
+    the pruned stream (`own`)."""
+    inputs: str = "auto"
+    """Refit of q, k, v, gate and up: `lstsq`, `none`, or `auto` (`lstsq` where hidden channels went)."""
+    refine: int = -1
+    """Steps of the block-wise joint solve of each layer's weights; -1 is automatic: small models only."""
+    trials: int = -1
+    """Plans rebuilt and measured before one is chosen; -1 is automatic: small models only."""
     windows: int = 128
     """Calibration windows."""
     length: int = 256
@@ -46,16 +92,34 @@ class Recipe:
         unknown = [axis for axis in self.axes if axis not in AXES]
         if unknown or not self.axes:
             raise UserError(f"--axes: '{','.join(unknown)}' is not among {','.join(AXES)}; list one or more of them.")
-        if self.repair not in ("lstsq", "none"):
-            raise UserError(f"--repair {self.repair} is not one of lstsq, none.")
-        for name in ("windows", "length", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-        for name in ("multiple", "score_tokens", "spill_bytes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative.")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{flag(name)} {getattr(self, name)} is not one of {', '.join(allowed)}.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{flag(name)} must {'not be negative' if least == 0 else f'be at least {least}'}.")
+        self.check_repair()
+
+    def check_repair(self) -> None:
+        """Refuse repairs that have nothing to work on."""
         if self.length == 1:
             raise UserError("--length must be at least 2: the last token of a window has no successor.")
+        if self.repair == "bias" and self.biases == "none":
+            raise UserError("--repair bias moves biases only: say where they may be with --biases stock or own.")
+        if self.target == "own" and "hidden" in self.axes:
+            raise UserError(
+                "--target own compares with the unpruned branch on the same stream, which hidden pruning changes: "
+                "give --axes without hidden, or --target corrected."
+            )
+        if self.ratio != "loss" and set(self.axes) != {"ffn", "kv"}:
+            raise UserError(f"--ratio {self.ratio} shares a budget among KV and FFN alone: give --axes ffn,kv with it.")
+        if self.ratio in ("softmax", "zscore") and self.shapes == "uniform":
+            raise UserError(f"--ratio {self.ratio} makes uneven layers: add --shapes per-layer, or use --ratio equal.")
+
+
+def flag(name: str) -> str:
+    """Return the flag of a recipe key."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check_value(name: str, value: Any, wanted: type) -> None:

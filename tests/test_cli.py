@@ -3,29 +3,47 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from cli.app import VERBS, app
-from cli.console import PlainMeter, align_table
-from cli.render import render_plan
+from cli.console import Console, PlainMeter, align_table
+from cli.options import HELP, PANELS, PLAN_KEYS
+from cli.prepare import Job, check_plan
+from cli.render import render_choices, render_plan, render_tried
+from cli.request import Request
+from cli.run import show_plan
+from compress.checkpoint import open_checkpoint
+from compress.errors import UserError
+from compress.importance import SCORES
+from compress.plan import LayerPlan, MergedGroups, Plan, keep_everything
+from compress.recipe import CHOICES, Recipe, flag
 from compress.report import LayerRow, PlanReport, make_plain
+from compress.surgery.job import REFINE_STEPS
+from compress.trials import TRIALS
+from compress.weights import read_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "cli.app"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 SMALL = ("--windows", "6", "--length", "24", "--threads", "1")
+# What the default does on small models, ten trials and hundreds of steps, is for tests of those.
+PLAIN = (*SMALL, "--trials", "0")
+FAST = (*PLAIN, "--refine", "0")
 LEAN = ("--no-export", "--no-verify", "--no-bench")
 
 
@@ -84,9 +102,12 @@ def copy_model(source, target):
 @pytest.mark.parametrize("case", ["llama", "glm4", "gemma2"])
 def test_compress_runs_from_checkpoint_to_proof(case, model, text, tmp_path):
     out = tmp_path / "out"
-    fewer = {"llama": (), "glm4": ("--no-bench", "--no-export"), "gemma2": ("--no-bench",)}[case]
-    report = run_json("compress", model(case), "--keep", 0.7, "--text", text, "-o", out, *SMALL, *fewer)
-    proofs = [("transformers", "equal"), ("onnxruntime", "equal")][: 1 if case == "glm4" else 2]
+    bare = ("--no-bench", "--no-export")
+    fewer = {"llama": (), "glm4": (*bare, "--absorb", "all"), "gemma2": bare}[case]
+    steps = 10 if case == "llama" else 0
+    given = ("--keep", 0.7, "--text", text, "-o", out, *PLAIN, "--refine", steps, *fewer)
+    report = run_json("compress", model(case), *given)
+    proofs = [("transformers", "equal"), ("onnxruntime", "equal")][: 2 if case == "llama" else 1]
     assert [(proof["runtime"], proof["status"]) for proof in report["proofs"]] == proofs
     comparison = report["comparison"]
     assert comparison["compressed"]["layer_parameters"] <= 0.7 * comparison["dense"]["layer_parameters"]
@@ -95,7 +116,10 @@ def test_compress_runs_from_checkpoint_to_proof(case, model, text, tmp_path):
     assert bool(comparison["compressed"]["decode_tokens_per_s"]) == (case == "llama")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "lightpress.json"):
         assert (out / name).is_file(), name
-    assert (out / "onnx" / "model.onnx").is_file() == (case != "glm4")
+    assert (out / "onnx" / "model.onnx").is_file() == (case == "llama")
+    # Without the norms behind its branches the second is a plain pre-norm model, written as such.
+    kind = json.loads((out / "config.json").read_text())["model_type"]
+    assert kind in {"llama": ("llama", "mistral"), "glm4": ("glm",), "gemma2": ("gemma2",)}[case]
     manifest = json.loads((out / "lightpress.json").read_text())
     assert set(manifest["source"]["sha256"]) == {"config.json", "model.safetensors"}
     assert manifest["recipe"]["keep"] == 0.7
@@ -106,14 +130,14 @@ def test_compress_runs_from_checkpoint_to_proof(case, model, text, tmp_path):
 
 
 def test_class_that_nobody_ships_is_proved_by_onnx_alone(model, text, tmp_path):
-    arguments = ("compress", model("pangu_sandwich"), "--text", text, "-o", tmp_path / "out", *SMALL, "--no-bench")
+    arguments = ("compress", model("pangu_sandwich"), "--text", text, "-o", tmp_path / "out", *FAST, "--no-bench")
     proofs = run_json(*arguments)["proofs"]
     assert [proof["status"] for proof in proofs] == ["skipped", "equal"]
     assert "no class" in proofs[0]["reason"]
 
 
 def test_printed_run_shows_plan_and_table(model, text, tmp_path):
-    arguments = ("--axes", "ffn", "--keep", "0.8", "--text", text, "-o", tmp_path / "out", *SMALL, *LEAN[:2])
+    arguments = ("--axes", "ffn", "--keep", "0.8", "--text", text, "-o", tmp_path / "out", *FAST, *LEAN[:2])
     done = run("compress", model("llama"), *arguments)
     assert done.exit_code == 0, done.stderr
     for words in ("FFN channels", "56 -> ", "perplexity", "top-1 agreement", "decode tokens/s", "torch (eager)"):
@@ -123,7 +147,7 @@ def test_printed_run_shows_plan_and_table(model, text, tmp_path):
 
 def test_model_samples_its_own_text(model, tmp_path):
     out = tmp_path / "out"
-    done = run("compress", model("llama"), "--keep", 0.8, "-o", out, *SMALL, *LEAN)
+    done = run("compress", model("llama"), "--keep", 0.8, "-o", out, *FAST, *LEAN)
     assert done.exit_code == 0, done.stderr
     assert "samples its own" in done.stderr
     assert json.loads((out / "lightpress.json").read_text())["text"] == "sampled from the model itself"
@@ -142,16 +166,16 @@ def test_keep_all_is_bit_identical(model, text, tmp_path):
 
 def test_edited_plan_is_carried_out(model, text, tmp_path):
     source, file, out = model("llama"), tmp_path / "plan.json", tmp_path / "out"
-    shown = run("plan", source, "--keep", 0.7, "--text", text, "-o", file, *SMALL)
+    shown = run("plan", source, "--keep", 0.7, "--text", text, "-o", file, *PLAIN, "--norms", "slnp")
     assert shown.exit_code == 0, shown.stderr
-    assert f"--plan {file}" in shown.stdout
+    assert f"--plan {file} --text {text} --norms slnp --windows 6 --length 24 -o OUT" in shown.stdout
     data = json.loads(file.read_text())
     for row in data["layers"]:
         row["ffn"], row["kv_groups"] = [0, 3, 5, 6, 9, 11, 20, 40], [1]
     data["layers"] = data["layers"][:1] + data["layers"][-1:]
     data["hidden"] = list(range(48))
     file.write_text(json.dumps(data))
-    run_json("compress", source, "--plan", file, "--text", text, "-o", out, *SMALL, *LEAN)
+    run_json("compress", source, "--plan", file, "--text", text, "-o", out, *SMALL, "--refine", 0, *LEAN)
     config = json.loads((out / "config.json").read_text())
     assert (config["intermediate_size"], config["num_key_value_heads"], config["num_hidden_layers"]) == (8, 1, 2)
     assert config["hidden_size"] == 48
@@ -159,7 +183,7 @@ def test_edited_plan_is_carried_out(model, text, tmp_path):
 
 def test_plan_writes_nothing_unasked(model, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    summary = run_json("plan", model("llama"), "--keep", 0.7, "--text", text, *SMALL)
+    summary = run_json("plan", model("llama"), "--keep", 0.7, "--text", text, *PLAIN)
     assert summary["parameters"] < summary["dense_parameters"]
     assert summary["kept_fraction"] <= 0.7
     assert summary["plan"]["layers"]
@@ -169,7 +193,7 @@ def test_plan_writes_nothing_unasked(model, text, tmp_path, monkeypatch):
 def test_recipe_file_gives_way_to_flags(model, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("keep: 0.9\naxes: [ffn]\nscore-tokens: 96\n")
-    shared = ("plan", model("llama"), "--text", text, "--recipe", recipe, *SMALL)
+    shared = ("plan", model("llama"), "--text", text, "--recipe", recipe, *PLAIN)
     assert 0.8 < run_json(*shared)["kept_fraction"] <= 0.9
     summary = run_json(*shared, "--keep", 0.7)
     assert summary["kept_fraction"] <= 0.7
@@ -260,14 +284,90 @@ def refuse(arguments, words, out=None):
         (["--eval-text", "missing.jsonl"], ["missing.jsonl"]),
         (["--plan", "missing.json"], ["missing.json"]),
         (["--recipe", "missing.yaml"], ["missing.yaml"]),
-        (["--keep", "0.01", "--axes", "kv"], ["cannot be met"]),
+        (["--keep", "0.01", "--axes", "kv", "--trials", "0"], ["--keep 0.01", "603 of 60,336 parameters"]),
+        (["--keep", "0.02", "--axes", "ffn,kv", "--ratio", "equal"], ["the budget leaves", "keep more"]),
         (["--nonsense"], ["--nonsense"]),
+        (["--refine", "-2"], ["--refine"]),
+        (["--ratio", "equal"], ["--ratio equal", "--axes ffn,kv"]),
+        (["--ratio", "softmax", "--axes", "ffn,kv"], ["--ratio softmax", "--shapes per-layer"]),
+        (["--ratio", "equal", "--axes", "ffn,kv", "--trials", "2"], ["--trials does nothing with --ratio equal"]),
+        (["--absorb-limit", "0.3"], ["--absorb-limit does nothing", "--absorb safe or all"]),
+        (["--repair", "none", "--target", "dense"], ["--target does nothing", "--repair lstsq or diagonal or bias"]),
+        (["--absorb", "safe"], ["no norms behind its branches"]),
+        (["--rotate", "pca", "--axes", "ffn,kv"], ["--rotate pca", "add hidden to --axes"]),
+        (["--depth", "clap", "--axes", "ffn"], ["--depth clap", "add layers to --axes"]),
     ],
 )
 def test_wrong_flag_is_one_sentence(flags, words, model, text, tmp_path):
     out = tmp_path / "out"
     given = () if "--text" in flags else ("--text", text)
     refuse(("compress", model("llama"), *given, "-o", out, *SMALL, "--quiet", *flags), words, out)
+
+
+@pytest.mark.parametrize(
+    ("case", "flags", "words"),
+    [
+        ("olmo2", ["--absorb", "all"], ["no norm before the attention"]),
+        ("olmo2", ["--rotate", "pca"], ["only behind its branches"]),
+        ("glm4", ["--rotate", "pca"], ["attn_out, mlp_out in layer 0", "--absorb all"]),
+        ("glm4", ["--absorb", "all", "--keep", "1"], ["--absorb all", "--keep 1"]),
+        ("glm4", ["--biases", "stock"], ["no place for a bias on o, down"]),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_before_any_pass(case, flags, words, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("cli.prepare.gather_texts", lambda *_: pytest.fail("text was read"))
+    refuse(("compress", model(case), "-o", tmp_path / "out", *flags), words, tmp_path / "out")
+
+
+def write_plan_of(source, file, edit=lambda data: None):
+    """Write a plan that keeps everything, edited."""
+    assert run("plan", source, "--keep", "1", "-o", file, *SMALL, "--quiet").exit_code == 0
+    data = json.loads(file.read_text())
+    edit(data)
+    file.write_text(json.dumps(data))
+
+
+def test_flags_that_a_plan_file_decides_are_refused(model, tmp_path):
+    values = {
+        "keep": 0.5, "axes": "ffn", "multiple": 8, "shapes": "per-layer", "ratio": "loss", "trials": 3, "score": "flap",
+        "score_tokens": 96, "depth": "clap", "absorb": "safe", "absorb_limit": 0.1, "absorb_constant": "mean-inverse",
+    }  # fmt: skip
+    assert set(values) == set(PLAN_KEYS)
+    for name, value in values.items():
+        words = ["already says what goes", flag(name)]
+        refuse(("compress", model("llama"), "--plan", "p.json", flag(name), value, "-o", tmp_path / "out"), words)
+
+
+def drop_second_layer(data):
+    del data["layers"][1]
+    data["layers"][0]["merged"] = [{"layer": 1, "kv_groups": [0]}]
+
+
+def cut_hidden(data):
+    data["hidden"] = data["hidden"][:40]
+
+
+@pytest.mark.parametrize(
+    ("case", "edit", "flags", "words"),
+    [
+        ("gemma2", drop_second_layer, (), ["layer 1 cannot live on in layer 0", "all tokens before", "'merged'"]),
+        ("llama", cut_hidden, ("--target", "own"), ["--target own", "p.json cuts it"]),
+    ],
+)
+def test_plan_file_that_cannot_be_followed_is_refused(case, edit, flags, words, model, tmp_path):
+    write_plan_of(model(case), tmp_path / "p.json", edit)
+    out = tmp_path / "out"
+    refuse(("compress", model(case), "--plan", tmp_path / "p.json", *flags, "-o", out, *SMALL), words, out)
+
+
+def test_plan_of_another_basis_is_refused(model):
+    checkpoint = open_checkpoint(model("llama"))
+    spec = read_spec(checkpoint)
+    plan = keep_everything(spec.shape)
+    plan = replace(plan, hidden=plan.hidden[:40], notes={"rotate": "pca"})
+    request = Request("model", Recipe(), plan=Path("p.json"))
+    refused(lambda: check_plan(checkpoint, spec, plan, request), "p.json", "--rotate pca")
+    check_plan(checkpoint, spec, plan, replace(request, recipe=Recipe(rotate="pca")))
 
 
 def test_wrong_places_are_one_sentence(model, text, tmp_path):
@@ -320,7 +420,7 @@ def test_failed_proof_exits_with_one(model, text, tmp_path, monkeypatch):
 
     failed = Proof("transformers", "different", reason="logits differ")
     monkeypatch.setattr(cli.run, "verify_folder", lambda *_: [failed])
-    arguments = ("--text", text, "-o", tmp_path / "out", *SMALL, "--no-bench", "--no-export", "--quiet")
+    arguments = ("--text", text, "-o", tmp_path / "out", *FAST, "--no-bench", "--no-export", "--quiet")
     done = run("compress", model("llama"), *arguments)
     assert done.exit_code == 1
     assert "logits differ" in done.stderr
@@ -329,7 +429,7 @@ def test_failed_proof_exits_with_one(model, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_leaves_nothing(number, model, text, tmp_path):
-    long = ("--windows", "4000", "--length", "8", "--keep", "0.7", "--axes", "ffn")
+    long = ("--windows", "4000", "--length", "8", "--keep", "0.7", "--axes", "ffn", "--trials", "0")
     command = [*COMMAND, "compress", str(model("llama")), "-o", str(tmp_path / "out"), *long, *LEAN]
     big = tmp_path / "big.txt"
     big.write_text(text.read_text().replace("<|endoftext|>", "") * 20)
@@ -402,6 +502,172 @@ def test_uneven_plan_is_printed_by_layer():
     assert printed.splitlines()[1].split() == ["0", "4", "2", "32", "->", "16"]
     assert printed.splitlines()[2].split() == ["2", "4", "->", "2", "2", "->", "1", "32", "->", "8"]
     assert "dropped: 1." in printed
+
+
+def test_help_names_every_key_and_every_choice_under_its_heading():
+    assert {name for texts in HELP.values() for name in texts} == {item.name for item in fields(Recipe)}
+    texts = {name: text for group in HELP.values() for name, text in group.items()}
+    for name, allowed in {**CHOICES, "score": SCORES}.items():
+        words = set(re.findall(r"[\w-]+", texts[name]))
+        assert words.issuperset(allowed), (name, set(allowed) - words)
+    printed = run("compress", "--help").stdout
+    places = [printed.index(f"\n{heading}:\n") for heading in PANELS]
+    assert places == sorted(places)
+    assert all(f" {flag(name)} " in printed for name in texts)
+    shown = run("plan", "--help").stdout
+    assert {name for name in texts if f" {flag(name)} " not in shown} == {"shard_bytes", "refine"}
+
+
+# Every key with a value that is not its default, in two recipes, as not all of them go together.
+GIVEN = [
+    {
+        "keep": 0.6, "axes": "ffn,kv", "multiple": 4, "score": "flap", "ratio": "zscore", "shapes": "per-layer",
+        "depth": "clap", "norms": "slnp", "absorb": "safe", "absorb_limit": 0.3, "absorb_constant": "mean-inverse",
+        "rotate": "pca", "repair": "diagonal", "biases": "own", "target": "dense", "refine": 7, "windows": 5, "length": 12,
+        "score_tokens": 48, "field": "story", "seed": 4, "shard_bytes": 999, "spill_bytes": 888,
+    },
+    {"trials": 3, "inputs": "lstsq"},
+]  # fmt: skip
+
+
+def test_flags_and_recipe_file_fill_every_key(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cli.run.run_compress", lambda request, console: seen.append(request.recipe))
+    file, keys = tmp_path / "recipe.yaml", []
+    for values in GIVEN:
+        given = [word for key, value in values.items() for word in (flag(key), value)]
+        assert run("compress", "model", "-o", "out", *given).exit_code == 0
+        file.write_text("".join(f"{flag(key)[2:]}: {value}\n" for key, value in values.items()))
+        assert run("compress", "model", "-o", "out", "--recipe", file).exit_code == 0
+        expected = {**values, **({"axes": ("ffn", "kv")} if "axes" in values else {})}
+        assert seen[-1] == seen[-2] == Recipe(**expected)
+        keys += [key for key, value in expected.items() if value != getattr(Recipe(), key)]
+    assert set(keys) == {item.name for item in fields(Recipe)}
+
+
+# What a plan says
+
+
+def test_short_text_is_said_with_what_it_does_to_the_repair(model, text):
+    arguments = ("plan", model("llama"), "--keep", 0.8, "--axes", "ffn", "--text", text, *PLAIN)
+    done = run(*arguments, "--quiet")
+    assert done.exit_code == 0, done.stderr
+    [warning] = done.stderr.splitlines()
+    # 6 windows of 23 tokens that have a past; the query heads' 48 inputs stay.
+    assert warning.startswith("lightpress: warning: 138 tokens to refit projections that keep up to 48 inputs")
+    assert "needs 4 for each (192)" in warning
+    assert "the ridge is raised up to 1.4 times" in warning
+    assert "warning" not in run(*arguments, "--repair", "diagonal").stderr
+    assert "warning" not in run(*arguments, "--windows", 9).stderr
+
+
+def test_absorption_is_reported_by_layer(model, text):
+    arguments = ("plan", model("glm4"), "--keep", 0.9, "--axes", "ffn", "--text", text, *PLAIN, "--quiet")
+    limit = run_json(*arguments, "--absorb", "all")["plan"]["absorption"][3]["variation"]
+    arguments = (*arguments, "--absorb-limit", limit, "--absorb")
+    notes = run_json(*arguments, "all")["plan"]["absorption"]
+    printed = run(*arguments, "all").stdout.splitlines()
+    head = next(place for place, line in enumerate(printed) if "attn_out cv" in line)
+    assert printed[head].split() == ["layer", "attn_out", "cv", "error", "mlp_out", "cv", "error"]
+    for layer in range(4):
+        row = [str(layer)]
+        for note in (one for one in notes if one["layer"] == layer):
+            row += [f"{note['variation']:.3f}", f"{note['error']:.3f}", "goes" if note["go"] else "goes!"]
+        assert printed[head + 1 + layer].split() == row
+    assert {note["go"] for note in notes} == {True, False}
+    safe = run(*arguments, "safe").stdout
+    rows = "\n".join(safe.splitlines()[head : head + 5])
+    assert rows.count(" goes") == sum(note["go"] for note in notes)
+    assert rows.count(" stays") == sum(not note["go"] for note in notes)
+
+
+def make_noted_plan(**notes):
+    rows = [
+        LayerPlan(0, (0,), (0, 1), (MergedGroups(1, (0, 1)), MergedGroups(2, (1,)))),
+        LayerPlan(3, (0, 1), (1,)),
+    ]
+    return Plan((0, 1), tuple(rows), notes)
+
+
+def show_noted(folder, console, **notes):
+    """Print a plan that keeps everything, with notes."""
+    checkpoint = open_checkpoint(folder)
+    spec = read_spec(checkpoint)
+    job = Job(Request("model", Recipe(keep=1.0)), checkpoint, spec, Recipe(keep=1.0), None, None)
+    show_plan(job, replace(keep_everything(spec.shape), notes=notes), console)
+
+
+def test_overflow_is_warned_of_even_when_quiet(model, capsys):
+    show_noted(model("llama"), Console(quiet=True), overflow=["Without the norm it is too large; keep it."])
+    assert capsys.readouterr().err == "lightpress: warning: without the norm it is too large; keep it.\n"
+
+
+def test_groups_that_move_and_groups_that_cannot_are_shown():
+    plan = make_noted_plan(not_merged={"2": "their rotary embeddings differ"})
+    report = PlanReport(
+        (LayerRow(0, 8, 4, 2), LayerRow(3, 4, 2, 1)), LayerRow(0, 4, 2, 2), (1, 2), 2, 2, 50, 100, 200, 400, 0.5, 1, 1
+    )
+    lines = render_plan(report, plan).splitlines()
+    assert lines[0].endswith("groups taken in")
+    assert lines[1].endswith("2 of layer 1, 1 of layer 2")
+    assert lines[2].split() == ["3", "4", "2", "2", "->", "1"]
+    assert render_choices(plan) == "No attention group of layer 2 lives on: their rotary embeddings differ."
+    assert render_choices(make_noted_plan()) == ""
+
+
+def test_tried_plans_are_listed_with_a_star_at_the_best(model, text):
+    done = run("plan", model("llama"), "--keep", 0.7, "--axes", "ffn,layers", "--text", text, *SMALL, "--trials", 2)
+    assert done.exit_code == 0, done.stderr
+    lines = done.stderr[done.stderr.index("Tried plans") :].splitlines()[1:3]
+    assert all(re.fullmatch(r"[ *] \d\.\d{4}  \d layers, hidden \d+, KV groups \d, FFN \d+", line) for line in lines)
+    [best] = [line for line in lines if line.startswith("*")]
+    assert float(best.split()[1]) == min(float(line[2:].split()[0]) for line in lines)
+    assert f"Measured loss: {float(best.split()[1]):.3f}" in done.stdout
+
+
+def test_tried_plans_are_not_listed_when_quiet(model, capsys):
+    tried = [{"loss": 0.5, "layers": 4, "hidden": 48, "kv_groups": [2, 1], "ffn": [56, 56]}]
+    show_noted(model("llama"), Console(), tried=tried, measured_loss=0.5)
+    assert "* 0.5000  4 layers, hidden 48, KV groups 1-2, FFN 56" in capsys.readouterr().err
+    show_noted(model("llama"), Console(quiet=True), tried=tried, measured_loss=0.5)
+    assert capsys.readouterr().err == ""
+
+
+def test_plan_fits_into_80_columns():
+    count = 24
+    layers = tuple(LayerRow(index, 32, 8, 11008 - index) for index in range(0, count, 2))
+    losses = {"ffn": 1.23456, "kv": 1.23456, "hidden": 1.23456, "layers": 1.23456}
+    report = PlanReport(
+        layers, LayerRow(0, 64, 16, 11008), tuple(range(1, count, 2)), 4096, 8192, 10**9, 10**10, 10**12, 10**13, 0.123,
+        10**12, 10**12, losses, 123456, 123,
+    )  # fmt: skip
+    rows = tuple(LayerPlan(row.layer, tuple(range(6)), (0,), (MergedGroups(row.layer + 1, (0, 1)),)) for row in layers)
+    norms = [
+        {"layer": layer, "norm": norm, "variation": 12.3456, "error": 1.2345, "go": False}
+        for layer in range(count)
+        for norm in ("attn_out", "mlp_out")
+    ]
+    tried = [{"loss": 12.3456, "layers": 32, "hidden": 4096, "kv_groups": [16, 8], "ffn": [11008, 10000]}]
+    plan = Plan((0,), rows, {"measured_loss": 1.2345, "absorption": norms, "tried": tried})
+    printed = "\n".join([render_plan(report, plan), render_choices(plan), render_tried(plan)]).splitlines()
+    assert len(printed) > 2 * count
+    assert max(map(len, printed)) <= 80
+
+
+def test_demo_says_how_much_less_than_the_default_it_does(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(request, *rest):
+        seen.append(request.recipe)
+        raise UserError("enough.")
+
+    monkeypatch.setattr("cli.tour.write_texts", lambda output: None)
+    monkeypatch.setattr("cli.tour.run_compress", stop)
+    told = " ".join(run("demo", "-o", tmp_path).stdout.split())
+    assert 0 < seen[0].trials < TRIALS
+    assert 0 < seen[0].refine < REFINE_STEPS
+    assert f"Up to {seen[0].trials} plans" in told
+    assert f"{seen[0].refine} gradient steps on each layer" in told
 
 
 def test_small_helpers():

@@ -24,19 +24,23 @@ from compress.errors import UserError
 from compress.evaluate import fill_hidden
 from compress.family import find_family
 from compress.hidden import HiddenStore, batches
-from compress.pipeline import Result, Task, compress_checkpoint, find_units, new_config, plan_checkpoint
+from compress.pipeline import Result, Task, compress_checkpoint, find_units, plan_checkpoint
 from compress.plan import LayerPlan, Plan, keep_everything
 from compress.recipe import Recipe
 from compress.solve import RIDGE
 from compress.spec import ModelSpec
 from compress.stats import ordinary_tokens
+from compress.surgery.describe import new_config
 from compress.surgery.rebuild import ATTENTION, MLP, Half, half_inputs
 from compress.surgery.width import axis_rows, slice_weights
 from compress.text import Windows
 from compress.weights import Weights, embed_rows, read_layer, read_spec
 
 WINDOWS = Windows(torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(3)), "random")
-SMALL = Recipe(keep=0.6, multiple=8)
+# Tiny models would be refined and their plans tried, which takes seconds: only tests about these ask for them.
+SMALL = Recipe(keep=0.6, multiple=8, refine=0, trials=0)
+# The least squares of o and down alone.
+PURE: dict[str, Any] = {"norms": "slnp", "inputs": "none"}
 
 
 def open_task(folder: Path, **recipe: Any) -> Task:
@@ -49,7 +53,7 @@ def make_task(folder: Path, case: str, dtype: torch.dtype = torch.float32, **rec
 
 
 def write_result(task: Task, plan: Plan, out: Path) -> Result:
-    with CheckpointWriter(out, new_config(task.spec, plan), task.recipe.shard_bytes) as writer:
+    with CheckpointWriter(out, new_config(task.spec, plan, task.recipe), task.recipe.shard_bytes) as writer:
         result = compress_checkpoint(task, plan, writer)
         writer.finish()
     return result
@@ -224,7 +228,7 @@ def fit_half(half: Half, cut: Weights, x: Tensor, wanted: Tensor, scale: Tensor,
 @pytest.mark.parametrize("case", ["llama", "llama-biases", "granite", "glm4", "gemma2", "olmo2", "phi3"])
 def test_the_repair_is_the_least_squares_fit_to_the_dense_stream(case: str, tmp_path: Path) -> None:
     """Both branches of the first layer, fitted from scratch on stacked data in float64."""
-    task = make_task(tmp_path, case)
+    task = make_task(tmp_path, case, **PURE)
     write_result(task, HALF, tmp_path / "out")
     out, ids, double = open_checkpoint(tmp_path / "out"), WINDOWS.ids, torch.float64
     old, new, hidden = task.spec, read_spec(out), torch.tensor(HALF.hidden)
@@ -263,6 +267,25 @@ def test_a_head_size_that_config_left_out_is_written_when_it_no_longer_follows(c
         assert_opens_in_transformers(tmp_path / f"out{place}")
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("llama-tied", torch.float32), ("gemma2", torch.bfloat16), ("phi3", torch.float16)], ids=str
+)
+def test_refined_layers_of_a_tried_plan_are_what_is_written(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As the default is for small models, with fewer steps and trials; all channels stay, so that errors compare."""
+    task = make_task(tmp_path, case, dtype, refine=8, trials=3, axes=("ffn", "kv"), keep=0.8)
+    plan = plan_checkpoint(task)
+    tried = [trial["loss"] for trial in plan.notes["tried"]]
+    assert 1 <= len(tried) <= 3
+    assert plan.notes["measured_loss"] == min(tried)
+    result = write_result(task, plan, tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert_sample_matches(result, tmp_path / "out")
+    assert_opens_in_transformers(tmp_path / "out")
+    write_result(replace(task, recipe=replace(task.recipe, refine=0)), plan, tmp_path / "closed")
+    refined, closed = (stream_error(tmp_path / name, task, plan) for name in ("out", "closed"))
+    assert refined < closed
+
+
 DROPS = {"first": (1, 2, 3), "middle": (0, 3), "last": (0, 1, 2), "first and last": (1, 2), "all but one": (2,)}
 
 
@@ -274,7 +297,7 @@ def drop_layers(task: Task, kept: tuple[int, ...]) -> Plan:
 @pytest.mark.parametrize("kept", DROPS.values(), ids=DROPS)
 @pytest.mark.parametrize("case", ["llama", "glm4", "olmo2", "gemma3_text"])
 def test_dropped_layers_are_made_up_for(case: str, kept: tuple[int, ...], tmp_path: Path) -> None:
-    task = make_task(tmp_path, case)
+    task = make_task(tmp_path, case, **PURE)
     plan = drop_layers(task, kept)
     result = write_result(task, plan, tmp_path / "out")
     assert_sample_matches(result, tmp_path / "out")

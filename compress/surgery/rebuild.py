@@ -1,94 +1,36 @@
-"""Pass 2: cut one layer after the other on the pruned stream, repaired against the dense stream.
+"""Pass 2: cut one layer after the other on the pruned stream, repaired against the dense model.
 
 For every kept layer and each of its two branches, with p the pruned stream and d the dense stream around it:
 
-    1. dense half:   d -> d'          (and on through layers that are dropped next, before the MLP is repaired)
-    2. moments:      x = input of the branch's last projection on the pruned stream, y = d'[kept] - p
-    3. repair:       W = argmin sum |W x - y|^2 + lam |W - W_cut|^2
-    4. apply:        p -> p + W x
+    1. inputs:       what reads the stream is fitted to p                              (surgery/inputs.py)
+    2. dense half:   d -> d'          (and on through layers that are dropped next, before the MLP is repaired)
+    3. moments:      x = input of the branch's last projection on the pruned stream, y = d'[kept] - p
+    4. repair:       W = argmin sum |W x - y|^2 + lam |W - W_cut|^2
+    5. apply:        p -> p + W x
 
-The target holds what earlier layers lost: the residual-corrected repair (reference/quality.md).
+and then, on small models, all weights of the layer together (surgery/refine.py). The target holds what earlier
+layers lost: the residual-corrected repair (reference/quality.md). Other targets are those of the papers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint
-from compress.decoder import (
-    Frame,
-    apply_norm,
-    attention_context,
-    make_frame,
-    mlp_activation,
-    project,
-    run_layer,
-)
-from compress.hidden import HiddenStore, batches, release_memory
-from compress.plan import LayerPlan, Plan
-from compress.solve import RIDGE, solve_projection
-from compress.spec import ModelSpec
+from compress.decoder import apply_norm, make_frame, project, run_layer
+from compress.hidden import release_memory
+from compress.solve import RIDGE, solve_bias, solve_diagonal, solve_projection
 from compress.stats import Moments, ordinary_tokens
-from compress.surgery.width import axis_rows, slice_weights
+from compress.surgery.cut import cut_layer
+from compress.surgery.inputs import fit_inputs
+from compress.surgery.job import ATTENTION, MLP, Half, Rebuild, Streams, Weights, half_inputs
+from compress.surgery.refine import refine_layer
 from compress.weights import read_layer
 
-Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Half:
-    """One branch of a layer: its last projection, the norm behind it, and its name in reports."""
-
-    projection: str
-    norm: str
-
-
-ATTENTION, MLP = Half("o", "attn_out"), Half("down", "mlp_out")
 # A post-norm weight below this share of the median is not divided by: its channel cannot carry a correction.
 SMALL_GAIN = 0.3
-
-
-@dataclass
-class Streams:
-    """The two residual streams, room for a projection's inputs, and per-token facts of the dense half."""
-
-    dense: HiddenStore
-    pruned: HiddenStore
-    inputs: HiddenStore
-    mask: Tensor
-    scale: Tensor
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield groups of windows."""
-        return batches(*self.dense.shape[:2])
-
-
-@dataclass(frozen=True)
-class Rebuild:
-    """What pass 2 works on: the dense model, the new model, the plan, and how to repair."""
-
-    checkpoint: Checkpoint
-    old: ModelSpec
-    new: ModelSpec
-    plan: Plan
-    repair: bool
-    types: Mapping[str, torch.dtype]
-
-    @property
-    def hidden(self) -> Tensor:
-        """Kept hidden channels."""
-        return torch.tensor(self.plan.hidden)
-
-    def narrow(self, stream: Tensor) -> Tensor:
-        """Return the kept channels of a dense stream `[..., hidden]`."""
-        if len(self.plan.hidden) == stream.shape[-1]:
-            return stream
-        # Selecting from a matrix is twelve times faster than from the last of three dimensions.
-        return stream.flatten(0, -2).index_select(1, self.hidden).view(*stream.shape[:-1], -1)
 
 
 def rebuild_layers(job: Rebuild, streams: Streams) -> Iterator[Weights]:
@@ -103,29 +45,39 @@ def rebuild_layers(job: Rebuild, streams: Streams) -> Iterator[Weights]:
 
 def rebuild_layer(job: Rebuild, streams: Streams, place: int, dropped: range) -> Weights:
     """Cut and repair one layer, advancing both streams past it (the dense one past `dropped` too)."""
-    layer_plan = job.plan.layers[place]
-    dense = read_layer(job.checkpoint, job.old, layer_plan.layer, torch.float32)
-    cut = cut_layer(job, layer_plan, dense)
-
-    run_dense_half(job, streams, ATTENTION, dense, layer_plan.layer)
-    repair_half(job, streams, ATTENTION, cut, place)
-    run_dense_half(job, streams, MLP, dense, layer_plan.layer)
-    del dense
-    run_dropped(job, streams, dropped)
-    repair_half(job, streams, MLP, cut, place)
+    index = job.plan.layers[place].layer
+    dense = read_layer(job.checkpoint, job.old, index, torch.float32)
+    pair = cut_layer(job, place, dense)
+    cut = pair[0]
+    if job.refine_steps:
+        copy_stream(streams)
+    for half in (ATTENTION, MLP):
+        fit_inputs(job, streams, half, pair)
+        if job.recipe.target == "own":
+            run_own_half(job, streams, half, dense, index)
+        run_dense_half(job, streams, half, dense, index)
+        if half is MLP:
+            run_dropped(job, streams, dropped)
+        repair_half(job, streams, half, cut, place)
+    if job.refine_steps:
+        refined = refine_layer(job, streams, cut, place)
+        cut = {role: job.round_to(role, tensor) for role, tensor in refined.items()}
+        run_again(job, streams, cut, place)
     return {role: tensor.to(job.types[role]) for role, tensor in cut.items()}
 
 
-def cut_layer(job: Rebuild, layer_plan: LayerPlan, dense: Mapping[str, Tensor]) -> Weights:
-    """Slice a layer's weights by the plan, rounded to the storage type."""
-    shape = job.old.layers[layer_plan.layer].shape
-    rows = axis_rows(shape, job.hidden, torch.tensor(layer_plan.kv_groups), torch.tensor(layer_plan.ffn))
-    return {role: round_to(job, role, tensor) for role, tensor in slice_weights(job.old, dense, rows).items()}
+def copy_stream(streams: Streams) -> None:
+    """Keep the pruned stream as it stands."""
+    for start, stop in streams.spans():
+        streams.before.write(start, streams.pruned.read(start, stop))
 
 
-def round_to(job: Rebuild, role: str, tensor: Tensor) -> Tensor:
-    """Round to the role's storage type and back, so that the stream sees exactly what is written."""
-    return tensor.to(job.types[role]).to(torch.float32)
+def run_again(job: Rebuild, streams: Streams, cut: Weights, place: int) -> None:
+    """Advance the pruned stream through the finished layer from where it stood before it."""
+    for start, stop in streams.spans():
+        frame = make_frame(job.new, stop - start, streams.dense.shape[1])
+        x = streams.before.read(start, stop)
+        streams.pruned.write(start, run_layer(job.new, job.new.layers[place], cut, x, frame)[0])
 
 
 def run_dropped(job: Rebuild, streams: Streams, layers: range) -> None:
@@ -138,15 +90,6 @@ def run_dropped(job: Rebuild, streams: Streams, layers: range) -> None:
             streams.dense.write(start, after)
 
 
-def half_inputs(
-    spec: ModelSpec, index: int, half: Half, weights: Mapping[str, Tensor], x: Tensor, frame: Frame
-) -> Tensor:
-    """Return the inputs of a branch's last projection on the stream `x`."""
-    if half is ATTENTION:
-        return attention_context(spec, spec.layers[index], weights, x, frame)[0]
-    return mlp_activation(spec, weights, x)
-
-
 def run_dense_half(job: Rebuild, streams: Streams, half: Half, weights: Weights, index: int) -> None:
     """Advance the dense stream by one branch; note which tokens count and the scale a post-norm gives them."""
     spec = job.old
@@ -155,24 +98,44 @@ def run_dense_half(job: Rebuild, streams: Streams, half: Half, weights: Weights,
         x = streams.dense.read(start, stop)
         raw = project(weights, half.projection, half_inputs(spec, index, half, weights, x, frame))
         if half is ATTENTION:
-            streams.mask[start:stop] = ordinary_tokens(x)[0]
+            streams.mask[start:stop] = ordinary_tokens(x)[0] & streams.counted[start:stop, None]
         if half.norm in weights:
             streams.scale[start:stop] = torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + spec.eps)
-        streams.dense.write(start, x + apply_norm(spec, weights, half.norm, raw) * spec.residual_multiplier)
+        branch = apply_norm(spec, weights, half.norm, raw) * spec.residual_multiplier
+        streams.dense.write(start, x + branch)
+        if job.recipe.target == "dense":
+            streams.branch.write(start, job.narrow(branch))
+
+
+def run_own_half(job: Rebuild, streams: Streams, half: Half, weights: Weights, index: int) -> None:
+    """Store what the unpruned branch gives on the pruned stream: SlimLLM's target (methods 2.1)."""
+    spec = job.old
+    for start, stop in streams.spans():
+        frame = make_frame(spec, stop - start, streams.dense.shape[1])
+        x = streams.pruned.read(start, stop)
+        raw = project(weights, half.projection, half_inputs(spec, index, half, weights, x, frame))
+        streams.branch.write(start, apply_norm(spec, weights, half.norm, raw) * spec.residual_multiplier)
 
 
 def repair_half(job: Rebuild, streams: Streams, half: Half, cut: Weights, place: int) -> None:
     """Collect moments on the pruned stream, refit the branch's last projection in `cut`, advance the pruned stream."""
-    collect = job.repair
+    collect = job.recipe.repair != "none"
     moments = gather_moments(job, streams, half, cut, place, collect)
     if collect:
         refit_projection(job, half, cut, moments)
-        if half.norm in cut:
-            cut[half.norm] = round_to(job, half.norm, refit_norm(job, streams, half, cut))
+        if half.norm in cut and job.recipe.repair == "lstsq":
+            cut[half.norm] = job.round_to(half.norm, refit_norm(job, streams, half, cut))
     for start, stop in streams.spans():
         raw = project(cut, half.projection, streams.inputs.read(start, stop))
         branch = apply_norm(job.new, cut, half.norm, raw) * job.new.residual_multiplier
         streams.pruned.write(start, streams.pruned.read(start, stop) + branch)
+
+
+def wanted_change(job: Rebuild, streams: Streams, start: int, stop: int, x: Tensor) -> Tensor:
+    """Return what the branch should add to the pruned stream `x`, `[batch, sequence, hidden]`."""
+    if job.recipe.target == "corrected":
+        return job.narrow(streams.dense.read(start, stop)) - x
+    return streams.branch.read(start, stop)
 
 
 def gather_moments(
@@ -190,7 +153,7 @@ def gather_moments(
         streams.inputs.write(start, inputs)
         if collect:
             mask, scale = streams.mask[start:stop], streams.scale[start:stop]
-            wanted = job.narrow(streams.dense.read(start, stop)) - x
+            wanted = wanted_change(job, streams, start, stop, x)
             scaled = inputs * scale if half.norm in cut else inputs
             moments.update(scaled[mask], target(wanted, scaled, scale)[mask])
     return moments
@@ -220,13 +183,20 @@ def make_target(job: Rebuild, half: Half, cut: Weights) -> Callable[[Tensor, Ten
 
 
 def refit_projection(job: Rebuild, half: Half, cut: Weights, moments: Moments) -> None:
-    """Replace the projection in `cut` by its least-squares repair; its bias too where no post-norm follows."""
+    """Replace the projection in `cut` by its repair; its bias too where no post-norm follows."""
     bias_role = f"{half.projection}_bias"
     bias = cut.get(bias_role) if half.norm not in cut else None
-    weight, shift = solve_projection(moments, cut[half.projection], bias, RIDGE)
-    cut[half.projection] = round_to(job, half.projection, weight)
+    weight: Tensor = cut[half.projection]
+    shift = bias
+    if job.recipe.repair == "lstsq":
+        weight, shift = solve_projection(moments, weight, bias, RIDGE)
+    elif job.recipe.repair == "diagonal":
+        weight, shift = solve_diagonal(moments, weight, bias)
+    elif bias is not None:
+        _, shift = solve_bias(moments, weight, bias)
+    cut[half.projection] = job.round_to(half.projection, weight)
     if shift is not None:
-        cut[bias_role] = round_to(job, bias_role, shift)
+        cut[bias_role] = job.round_to(bias_role, shift)
 
 
 def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tensor:
@@ -237,7 +207,7 @@ def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tens
         mask = streams.mask[start:stop]
         raw = project(cut, half.projection, streams.inputs.read(start, stop))[mask]
         unit = raw * torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + job.new.eps)
-        wanted = (job.narrow(streams.dense.read(start, stop)) - streams.pruned.read(start, stop))[mask]
+        wanted = wanted_change(job, streams, start, stop, streams.pruned.read(start, stop))[mask]
         product += (unit * wanted).sum(0, dtype=torch.float64) / job.new.residual_multiplier
         square += unit.pow(2).sum(0, dtype=torch.float64)
         count += len(raw)

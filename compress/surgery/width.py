@@ -36,8 +36,10 @@ def axis_rows(shape: LayerShape, hidden: Tensor, groups: Tensor, ffn: Tensor) ->
     }
 
 
-def slice_weights(spec: ModelSpec, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Weights:
-    """Cut every tensor along its axes; a norm whose width shrinks is re-scaled (SLNP, methods 1.4)."""
+def slice_weights(
+    spec: ModelSpec, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], norms: str = "slnp"
+) -> Weights:
+    """Cut every tensor along its axes; a norm whose width shrinks is re-scaled (SLNP, methods 1.4) unless `none`."""
     span = spec.family.attention.qk_norm
     cut: Weights = {}
     for role, tensor in weights.items():
@@ -45,7 +47,7 @@ def slice_weights(spec: ModelSpec, weights: Mapping[str, Tensor], kept: Mapping[
         for dim, axis in enumerate(role_axes(role, span)):
             if axis in kept and len(kept[axis]) < sliced.shape[dim]:
                 sliced = sliced.index_select(dim, kept[axis])
-        if role in NORMS and sliced.shape != tensor.shape:
+        if norms != "none" and role in NORMS and sliced.shape != tensor.shape:
             sliced = rescale_norm(tensor, sliced, spec.norm_offset)
         cut[role] = sliced
     return cut

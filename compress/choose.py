@@ -1,0 +1,296 @@
+"""From findings to a plan: which shape loses least within the budget, and which units it keeps.
+
+Loss is predicted additively: price x damage^1.2 for every cut branch, every dropped layer and the hidden width, where
+damage is the error left in the stream as a share of its energy and the price of an axis is measured (probe.py,
+trials.py). The optimum over layers is exact (allocate.py); depth competes with width there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from compress.allocate import (
+    Allocation,
+    LayerChoice,
+    Solver,
+    UnitCurve,
+    allocate,
+    allocate_uniform,
+    allocate_widths,
+    allowed_counts,
+    explain_infeasible,
+    find_least,
+)
+from compress.errors import UserError
+from compress.family import POST_NORMS
+from compress.importance.findings import Findings, LayerFindings
+from compress.importance.ratio import Counts, find_budget, find_costs, flap_counts, slim_counts, uniform_counts
+from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, describe_choice, grid, plan_shape, step_size
+from compress.recipe import Recipe
+from compress.shapes import ModelShape
+from compress.spec import ModelSpec
+from compress.spec_change import add_biases, drop_norms
+from compress.spec_writer import find_writer
+from compress.surgery.describe import REPAIRED
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Loss in nats at one unit of damage: by axis, and each layer's (attention, MLP) share of it relative to 1."""
+
+    axis: Mapping[str, float]
+    layers: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+    def of_layer(self, index: int) -> tuple[float, float]:
+        """Return the prices of a layer's KV and FFN damage."""
+        attention, mlp = self.layers.get(index, (1.0, 1.0))
+        return self.axis.get("kv", 1.0) * attention, self.axis.get("ffn", 1.0) * mlp
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the optimiser may choose among: hidden widths, and how many layers may go."""
+
+    widths: tuple[int, ...]
+    most_dropped: int
+    least_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan and the loss predicted for it."""
+
+    plan: Plan
+    loss: float
+
+
+def full_scope(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Scope:
+    """Return everything that the recipe's axes allow."""
+    hidden = spec.shape.hidden
+    step = step_size(hidden, recipe)
+    widths = grid(hidden, step, max(len(findings.pinned), step)) if "hidden" in recipe.axes else (hidden,)
+    return Scope(widths, len(findings.drop_order) if "layers" in recipe.axes else 0)
+
+
+def choose_plan(
+    spec: ModelSpec, findings: Findings, recipe: Recipe, prices: Prices, scope: Scope | None = None
+) -> Choice:
+    """Return the plan of least predicted loss; raises UserError that names the bound when nothing fits."""
+    if recipe.ratio != "loss":
+        return Choice(ratio_plan(spec, findings, recipe), 0.0)
+    scope = scope or full_scope(spec, findings, recipe)
+    budget = int(recipe.keep * spec.shape.layer_parameters)
+    solve = allocate if recipe.shapes == "per-layer" else allocate_uniform
+    rated = bar_drops([rate_layer(spec, layer, findings, recipe, prices) for layer in findings.layers], scope)
+    made = {width: make_choices(spec, rated, recipe, width) for width in scope.widths}
+    usable = {width: layers for width, layers in made.items() if layers}
+
+    def make(width: int) -> tuple[Sequence[LayerChoice], int, float]:
+        return usable[width], width, price_hidden(findings, prices, width)
+
+    found = allocate_widths(make, usable, budget, force_drops(solve, scope.least_dropped))
+    if found is None:
+        raise explain_budget(spec, recipe, usable, budget)
+    width, best = found
+    plan = fill_layers(findings, width, best)
+    if recipe.shapes == "per-layer" and not is_writable(spec, plan_shape(plan, spec.shape), recipe):
+        # Layers that came out alike are written for stock classes, which this shape does not suit.
+        return choose_plan(spec, findings, replace(recipe, shapes="uniform"), prices, scope)
+    notes = describe_choice(spec, findings, plan, split_loss(findings, prices, plan, width))
+    return Choice(replace(plan, notes=notes), best.loss)
+
+
+# What can become of a layer
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Losses of one layer at any hidden width: of keeping so many KV groups, so many channels, and of dropping it."""
+
+    groups: Mapping[int, float]
+    channels: tuple[int, ...]
+    channel_losses: tuple[float, ...]
+    drop_loss: float | None
+
+
+def rate_layer(spec: ModelSpec, found: LayerFindings, findings: Findings, recipe: Recipe, prices: Prices) -> Rated:
+    """Return the losses of a layer's counts that the recipe's axes and steps allow."""
+    layer = spec.shape.layers[found.index]
+    kv_price, ffn_price = prices.of_layer(found.index)
+    groups = range(1, layer.kv_heads + 1) if "kv" in recipe.axes else (layer.kv_heads,)
+    step = step_size(layer.ffn, recipe)
+    channels = allowed_counts(layer.ffn, step, step) if "ffn" in recipe.axes else (layer.ffn,)
+    may_go = "layers" in recipe.axes and found.index in findings.drop_order
+    return Rated(
+        {count: price(kv_price, found.kv_damage(count)) for count in groups},
+        channels,
+        tuple(price(ffn_price, found.ffn_damage(count)) for count in channels),
+        price(prices.axis.get("layers", 1.0), found.drop_damage) if may_go else None,
+    )
+
+
+def order_drops(layers: Sequence[Rated | LayerChoice]) -> list[int]:
+    """Return the places of layers that may go, those that cost least first."""
+    rated = [(layer.drop_loss, place) for place, layer in enumerate(layers) if layer.drop_loss is not None]
+    return [place for _, place in sorted(rated)]
+
+
+def bar_drops(layers: Sequence[Rated], scope: Scope) -> list[Rated]:
+    """Return the layers with only the scope's most that may be dropped."""
+    allowed = order_drops(layers)[: scope.most_dropped]
+    return [layer if place in allowed else replace(layer, drop_loss=None) for place, layer in enumerate(layers)]
+
+
+def force_drops(solve: Solver, count: int) -> Solver:
+    """Return `solve` with the `count` layers that cost least dropped, whatever else is chosen."""
+
+    def solve_rest(layers: Sequence[LayerChoice], budget: int) -> Allocation | None:
+        forced = order_drops(layers)[:count]
+        found = solve([layer for place, layer in enumerate(layers) if place not in forced], budget)
+        if found is None:
+            return None
+        picks = iter(found.picks)
+        every = tuple(None if place in forced else next(picks) for place in range(len(layers)))
+        lost = sum(layers[place].drop_loss or 0.0 for place in forced)
+        return replace(found, picks=every, loss=found.loss + lost, bound=found.bound + lost)
+
+    return solve_rest
+
+
+def make_choices(spec: ModelSpec, rated: Sequence[Rated], recipe: Recipe, width: int) -> list[LayerChoice]:
+    """Return what can become of each layer at one hidden width; empty where no head count can be written there."""
+    writable = list_head_counts(spec, recipe, width)
+    allowed = [[count for count in layer.groups if count in writable] for layer in rated]
+    if not all(allowed):
+        return []
+    spread = cache(scale)  # layers alike share one row of costs: a model has many widths and channels
+    made = []
+    for layer, own, groups in zip(rated, spec.shape.layers, allowed, strict=True):
+        group_cost, channel_cost = find_costs(own, width)
+        kv = UnitCurve(tuple(groups), tuple(layer.groups[n] for n in groups), spread(tuple(groups), group_cost))
+        ffn = UnitCurve(layer.channels, layer.channel_losses, spread(layer.channels, channel_cost))
+        made.append(LayerChoice(kv, ffn, own.resize(0, 0).parameters(width), layer.drop_loss))
+    return made
+
+
+def list_head_counts(spec: ModelSpec, recipe: Recipe, width: int) -> tuple[int, ...]:
+    """Return the numbers of KV groups that can be written at one hidden width when all layers are alike."""
+    counts = range(1, max(layer.kv_heads for layer in spec.shape.layers) + 1)
+    if recipe.shapes == "per-layer":  # no stock class opens uneven layers, so none limits their heads
+        return tuple(counts)
+    shape, ffn = replace(spec.shape, hidden=width), spec.shape.layers[0].ffn
+    sized = {n: replace(shape, layers=tuple(layer.resize(n, ffn) for layer in shape.layers)) for n in counts}
+    return tuple(n for n in counts if is_writable(spec, sized[n], recipe))
+
+
+def is_writable(spec: ModelSpec, shape: ModelShape, recipe: Recipe) -> bool:
+    """Tell whether a shape can be written once the recipe has added biases and absorbed norms."""
+    if not shape.uniform or recipe.biases == "own":  # then no stock class is meant to open it
+        return True
+    bare = replace(shape, layers=tuple(drop_norms(layer, POST_NORMS) for layer in shape.layers))
+    # Which norms `safe` absorbs is settled later; with all of them gone another family's class may decide.
+    variants = {"none": (shape,), "safe": (shape, bare), "all": (bare,)}[recipe.absorb]
+    return all(is_accepted(spec, variant, recipe) for variant in variants)
+
+
+def is_accepted(spec: ModelSpec, shape: ModelShape, recipe: Recipe) -> bool:
+    """Tell whether a stock configuration class takes the shape, with the biases that the recipe adds."""
+    if recipe.biases == "none":
+        return find_writer(spec, shape) is not None
+    try:
+        return find_writer(spec, add_biases(spec, shape, REPAIRED)) is not None
+    except UserError:
+        return False
+
+
+def scale(counts: tuple[int, ...], cost: int) -> tuple[int, ...]:
+    """Return the cost of each count."""
+    return tuple(cost * count for count in counts)
+
+
+def price(unit: float, damage: float) -> float:
+    """Return the predicted loss in nats of one damage."""
+    return float(unit * max(damage, 0.0) ** LOSS_EXPONENT)
+
+
+def price_hidden(findings: Findings, prices: Prices, width: int) -> float:
+    """Return the predicted loss of a hidden width."""
+    return price(prices.axis.get("hidden", 1.0), findings.hidden_damage(width))
+
+
+def explain_budget(
+    spec: ModelSpec, recipe: Recipe, made: Mapping[int, Sequence[LayerChoice]], budget: int
+) -> UserError:
+    """Return the refusal of a budget that nothing fits, naming the bound that stops it and the least that fits."""
+    if not made:
+        return UserError(
+            f"--keep {recipe.keep:g}: no head count that --axes {','.join(recipe.axes)} leaves can be written for a "
+            "stock class at any allowed hidden width; change --axes or --multiple, or use --shapes per-layer."
+        )
+    uniform, total = recipe.shapes == "uniform", spec.shape.layer_parameters
+    leasts = {width: find_least_cost(layers, width, uniform) for width, layers in made.items()}
+    width = min(leasts, key=leasts.__getitem__)
+    reason = explain_infeasible(made[width], budget, uniform, width).partition(": ")[2].rstrip(".")
+    least = "" if math.isinf(leasts[width]) else f" (--keep {math.ceil(1000 * leasts[width] / total) / 1000:g})"
+    return UserError(
+        f"--keep {recipe.keep:g} leaves {budget:,} of {total:,} parameters outside the embeddings, which pruning "
+        f"{','.join(recipe.axes)} cannot reach: {reason}{least}; more --axes or a smaller --multiple go further."
+    )
+
+
+def find_least_cost(layers: Sequence[LayerChoice], width: int, uniform: bool) -> float:
+    """Return the parameters of the smallest model at a hidden width; infinity where layers share no counts."""
+    stay = [layer for layer in layers if layer.drop_loss is None]
+    least = [find_least(curves, uniform) for curves in ([x.attention for x in stay], [x.mlp for x in stay])]
+    fixed = width + sum(layer.fixed for layer in stay)
+    return fixed + sum(math.inf if found is None else found[1] for found in least)
+
+
+def fill_layers(findings: Findings, width: int, allocation: Allocation) -> Plan:
+    """Pick the units of an allocation by the layers' rankings."""
+    rows = tuple(
+        LayerPlan(layer.index, layer.kv.keep(pick[0]), layer.ffn.keep(pick[1]))
+        for layer, pick in zip(findings.layers, allocation.picks, strict=True)
+        if pick is not None
+    )
+    return Plan(findings.keep_hidden(width), rows)
+
+
+def split_loss(findings: Findings, prices: Prices, plan: Plan, width: int) -> dict[str, float]:
+    """Return the predicted loss of a plan by axis."""
+    rows = {row.layer: row for row in plan.layers}
+    losses = dict.fromkeys(("ffn", "kv", "hidden", "layers"), 0.0)
+    losses["hidden"] = price_hidden(findings, prices, width)
+    for layer in findings.layers:
+        row = rows.get(layer.index)
+        if row is None:
+            losses["layers"] += price(prices.axis.get("layers", 1.0), layer.drop_damage)
+            continue
+        kv_price, ffn_price = prices.of_layer(layer.index)
+        losses["kv"] += price(kv_price, layer.kv_damage(len(row.kv_groups)))
+        losses["ffn"] += price(ffn_price, layer.ffn_damage(len(row.ffn)))
+    return losses
+
+
+def ratio_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
+    """Return the plan of a stated layer ratio over KV and FFN: `equal`, `softmax` (SlimLLM) or `zscore` (FLAP)."""
+    budget = find_budget(spec.shape, recipe.keep)
+    costs = [find_costs(layer, spec.shape.hidden) for layer in spec.shape.layers]
+    step = min(step_size(layer.ffn, recipe) for layer in spec.shape.layers)
+    counters: dict[str, Callable[..., tuple[Counts, ...]]] = {
+        "equal": uniform_counts, "softmax": slim_counts, "zscore": flap_counts,
+    }  # fmt: skip
+    # FLAP standardises its scores by itself; doing it again would enlarge attention.
+    options = {"standard": recipe.score == "flap"} if recipe.ratio == "zscore" else {}
+    counts = counters[recipe.ratio](findings.layers, costs, budget, step=step, **options)
+    rows = tuple(
+        LayerPlan(layer.index, layer.kv.keep(kv), layer.ffn.keep(ffn))
+        for layer, (kv, ffn) in zip(findings.layers, counts, strict=True)
+    )
+    plan = Plan(findings.keep_hidden(spec.shape.hidden), rows)
+    notes: dict[str, Any] = describe_choice(spec, findings, plan, {})
+    return replace(plan, notes=notes)

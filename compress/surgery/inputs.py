@@ -1,0 +1,101 @@
+"""What reads the stream, fitted to the pruned stream: norms by one constant, projections by least squares.
+
+With n the dense model's normed stream and m the pruned model's, a projection W that used to see n is replaced by
+argmin sum |W' m - W n|^2 + lam |W' - W_cut|^2: it makes up for hidden channels that went and for the noise that
+earlier layers left (our derivation; the constant alone is the `calibrated` rule of methods 1.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.decoder import apply_norm
+from compress.solve import solve_projection
+from compress.stats import Moments, ordinary_tokens
+from compress.surgery.job import Half, Rebuild, Streams, Weights
+
+# Tokens of the least squares, for each input and at least: more would take time and change little (see RESULTS.md).
+TOKENS_PER_INPUT, TOKENS_TIMES_INPUTS = 4, 2**22
+# A cut layer, and its reference: the rows that it keeps, over all hidden channels.
+Pair = tuple[Weights, Weights]
+
+
+@dataclass
+class ScaleSums:
+    """Sums over tokens and channels of the wanted norm output times the present one, and of its square."""
+
+    product: float = 0.0
+    square: float = 0.0
+
+    def update(self, wanted: Tensor, present: Tensor) -> None:
+        """Add tokens `[tokens, hidden]`."""
+        self.product += float((wanted * present).sum(dtype=torch.float64))
+        self.square += float(present.pow(2).sum(dtype=torch.float64))
+
+    @property
+    def constant(self) -> float:
+        """The factor on the present output that comes nearest to the wanted one."""
+        return self.product / self.square if self.square > 0 else 1.0
+
+
+def fit_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> None:
+    """Fit the norm and the projections in `pair[0]` that read the stream; both streams stand before the half."""
+    cut, reference = pair
+    refits = job.refits_inputs and job.recipe.repair == "lstsq"
+    if job.narrows and job.recipe.norms == "calibrated" and half.reads in cut and not refits:  # a refit scales too
+        sums = gather_scale(job, streams, half, pair)
+        gain = (cut[half.reads] + job.new.norm_offset) * sums.constant
+        cut[half.reads] = job.round_to(half.reads, gain - job.new.norm_offset)
+    if refits:
+        moments = gather_inputs(job, streams, half, pair)
+        for role in half.readers:
+            refit_reader(job, role, pair, moments)
+
+
+def gather_scale(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> ScaleSums:
+    """Compare the norm's output on both streams, token by token."""
+    sums = ScaleSums()
+    for wanted, present in normed_tokens(job, streams, half, pair):
+        sums.update(job.narrow(wanted), present)
+    return sums
+
+
+def gather_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Moments:
+    """Return the moments of the pruned model's normed stream with the dense one's as targets."""
+    moments = Moments.empty(job.new.shape.hidden, job.old.shape.hidden)
+    enough = max(TOKENS_PER_INPUT * job.new.shape.hidden, TOKENS_TIMES_INPUTS // job.new.shape.hidden)
+    for wanted, present in normed_tokens(job, streams, half, pair):
+        moments.update(present, wanted)
+        if moments.count >= enough:
+            break
+    return moments
+
+
+def normed_tokens(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ordinary tokens `[tokens, hidden]` of what the half reads: the dense model's, the pruned model's."""
+    cut, reference = pair
+    for start, stop in streams.spans():
+        x = streams.dense.read(start, stop)
+        mask = ordinary_tokens(x)[0] & streams.counted[start:stop, None]
+        wanted = apply_norm(job.old, reference, half.reads, x[mask])
+        yield wanted, apply_norm(job.new, cut, half.reads, streams.pruned.read(start, stop)[mask])
+
+
+def refit_reader(job: Rebuild, role: str, pair: Pair, moments: Moments) -> None:
+    """Replace one projection (and its bias) by the fit to what the dense model's rows gave on the dense stream."""
+    cut, reference = pair
+    rows, bias_role = reference[role].double(), f"{role}_bias"
+    bias = cut.get(bias_role)
+    shift = reference[bias_role].double() if bias is not None and bias_role in reference else torch.zeros(len(rows))
+    target = Moments(
+        moments.gram, moments.total, moments.cross @ rows.T + torch.outer(moments.total, shift.double()),
+        rows @ moments.target_total + moments.count * shift.double(), 0.0, moments.count,
+    )  # fmt: skip
+    weight, free = solve_projection(target, cut[role], bias)
+    cut[role] = job.round_to(role, weight)
+    if free is not None:
+        cut[bias_role] = job.round_to(bias_role, free)
