@@ -36,8 +36,9 @@ def run_worker(source: str, target: str, windows: int, length: int) -> None:
     from compress.checkpoint import open_checkpoint  # noqa: PLC0415
     from compress.checkpoint_writer import CheckpointWriter  # noqa: PLC0415
     from compress.evaluate import measure_quality  # noqa: PLC0415
-    from compress.pipeline import Task, compress_checkpoint, new_config, plan_checkpoint  # noqa: PLC0415
+    from compress.pipeline import Task, compress_checkpoint, plan_checkpoint  # noqa: PLC0415
     from compress.recipe import Recipe  # noqa: PLC0415
+    from compress.surgery.describe import new_config  # noqa: PLC0415
     from compress.weights import read_spec  # noqa: PLC0415
 
     torch.set_grad_enabled(False)
