@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cli.bench import bench
 from cli.compress import compress
@@ -18,6 +18,7 @@ from cli.demo import demo
 from cli.evaluate import evaluate
 from cli.export import export
 from cli.inspect import inspect
+from cli.options import PANELS
 from cli.plan import plan
 from cli.version import read_version
 from compress.errors import UserError
@@ -47,6 +48,22 @@ class Verbs(TyperGroup):
             if message:
                 print(f"lightpress: {message}", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class Verb(TyperCommand):
+    """A verb whose help lists its flags under headings, without the rich library that typer's panels need."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and flags of each heading, in the order of PANELS."""
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for item in self.get_params(ctx):
+            record = item.get_help_record(ctx)
+            if record is not None:
+                kind = "Arguments" if item.param_type_name == "argument" else "Options"
+                headings.setdefault(getattr(item, "rich_help_panel", None) or kind, []).append(record)
+        for heading in sorted(headings, key=PANELS.index):
+            with formatter.section(heading):
+                formatter.write_dl(headings[heading])
 
 
 def explain_error(error: Exception) -> tuple[str, int]:
@@ -114,7 +131,7 @@ VERBS: Mapping[str, Any] = {
     "demo": demo,
 }
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name, cls=Verb)(verb)
 
 
 def stop_run(number: int, frame: FrameType | None) -> None:

@@ -12,29 +12,29 @@ from cli.console import Console
 from cli.request import BenchSize, Request
 
 
+@options.take_recipe()
 def compress(
     *,
     source: options.Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    text: options.Text = None,
-    keep: options.Keep = None,
-    axes: options.Axes = None,
-    multiple: options.Multiple = None,
-    score: options.Score = None,
-    repair: options.Repair = None,
-    windows: options.WindowCount = None,
-    length: options.Length = None,
-    field: options.Field = None,
-    seed: options.Seed = None,
-    shard_bytes: options.ShardBytes = None,
-    spill_bytes: options.SpillBytes = None,
-    recipe: options.RecipeFile = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=options.OUTPUT)],
+    flags: options.Flags,
     plan: options.PlanFile = None,
+    recipe: options.RecipeFile = None,
+    text: options.Text = None,
     eval_text: options.EvalText = None,
     overwrite: options.Overwrite = False,
-    no_export: Annotated[bool, typer.Option("--no-export", help="Write no ONNX graph.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not re-open the output to prove it.")] = False,
-    no_bench: Annotated[bool, typer.Option("--no-bench", help="Do not measure speed.")] = False,
+    no_export: Annotated[
+        bool, typer.Option("--no-export", help="Write no ONNX graph.", rich_help_panel=options.OUTPUT)
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify", help="Do not re-open the output to prove it.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    no_bench: Annotated[
+        bool, typer.Option("--no-bench", help="Do not measure speed.", rich_help_panel=options.OUTPUT)
+    ] = False,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -43,14 +43,8 @@ def compress(
 
     Example: lightpress compress ./model --keep 0.7 --text notes.txt -o ./model-70
     """
-    flags = {
-        "keep": keep, "axes": axes, "multiple": multiple, "score": score, "repair": repair,
-        "windows": windows, "length": length, "field": field, "seed": seed,
-        "shard_bytes": shard_bytes, "spill_bytes": spill_bytes,
-    }  # fmt: skip
-    options.refuse_plan_flags(plan, flags)
     request = Request(
-        source, options.read_recipe(recipe, flags), text, eval_text, plan, output, overwrite,
+        source, options.settle_recipe(recipe, flags, plan), text, eval_text, plan, output, overwrite,
         export=not no_export, verify=not no_verify, bench=not no_bench, speed=BenchSize(threads=threads),
     )  # fmt: skip
     with Console(as_json, quiet) as console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.recipe import Recipe
 from compress.shapes import ModelShape
+from compress.surgery.job import SMALL_MODEL
 
 FLOAT, DOUBLE = 4, 8
 # Interpreter, torch and its libraries, measured on Linux; the rest of the estimate is about the model.
@@ -19,10 +20,16 @@ def estimate_disk(shape: ModelShape, keep: float, itemsize: int, export: bool) -
 
 
 def list_streams(shape: ModelShape, recipe: Recipe) -> list[int]:
-    """Return the bytes of the dense stream, the pruned stream and a projection's inputs over all windows."""
+    """Return the bytes of each stream over all windows: dense, pruned, a projection's inputs, and others if needed."""
     widest = max(max(layer.query, layer.ffn) for layer in shape.layers)
     tokens = recipe.windows * recipe.length
-    return [FLOAT * tokens * width for width in (shape.hidden, shape.hidden, widest)]
+    others = (recipe.target != "corrected") + may_refine(shape, recipe)
+    return [FLOAT * tokens * width for width in (shape.hidden, shape.hidden, widest, *[shape.hidden] * others)]
+
+
+def may_refine(shape: ModelShape, recipe: Recipe) -> bool:
+    """Tell whether layers are refined, which needs the stream before each and a gradient's worth of memory."""
+    return recipe.refine > 0 or (recipe.refine < 0 and shape.layer_parameters <= SMALL_MODEL)
 
 
 def estimate_spill(shape: ModelShape, recipe: Recipe) -> int:
@@ -35,7 +42,8 @@ def estimate_memory(shape: ModelShape, recipe: Recipe, itemsize: int) -> int:
     hidden = shape.hidden
     largest = max(layer.parameters(hidden) for layer in shape.layers)
     widest = max(max(layer.query, layer.ffn) for layer in shape.layers)
-    layer = 2 * FLOAT * largest
+    # Dense and cut weights; refined ones with their gradient and the two moments of the optimiser.
+    layer = (6 if may_refine(shape, recipe) else 2) * FLOAT * largest
     # The Gram matrix, its part for the kept units, a factor of that, and the cross products with the target.
     statistics = DOUBLE * (3 * widest * widest + 2 * widest * hidden)
     streams = sum(size for size in list_streams(shape, recipe) if size <= recipe.spill_bytes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from cli.console import format_bytes, format_count
 from compress.checkpoint import Checkpoint
+from compress.family import explain_not_stock
 from compress.plan import describe_counts
 from compress.spec import LayerSpec, ModelSpec
 from compress.weights import read_spec
@@ -25,7 +26,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": sorted({info.file.name for info in infos}),
         "tensors": len(infos),
         "tokenizer": (checkpoint.folder / "tokenizer.json").is_file(),
-        "stock_class": spec.family.stock,
+        "stock_class": not explain_not_stock(spec.config),
     }
 
 

@@ -1,15 +1,86 @@
-"""Options that several verbs share; every default is the recipe's own."""
+"""Options that several verbs share; every default is the recipe's own, and every key of a recipe has a flag."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from compress.errors import UserError
-from compress.recipe import AXES, Recipe, merge_recipe
+from compress.recipe import AXES, Recipe, flag, merge_recipe
+
+BUDGET, SCORES, SURGERY, REPAIR = "Budget and shape", "Scores", "Surgery", "Repair"
+TEXT, OUTPUT = "Text", "Output"
+PANELS = ("Arguments", BUDGET, SCORES, SURGERY, REPAIR, TEXT, OUTPUT, "Options")
+# What each key of a recipe says in the help, under which heading.
+HELP: Mapping[str, Mapping[str, str]] = {
+    BUDGET: {
+        "keep": "Fraction of the non-embedding parameters to keep.",
+        "axes": f"What may be pruned, of {','.join(AXES)}: FFN channels, KV groups with their query heads, the hidden "
+        "width, whole layers.",
+        "multiple": "Kept channels are a multiple of this; 0: 16, or the power of two that the dense size has.",
+        "shapes": "uniform: all layers alike, as stock runtimes want them; per-layer: each its own, for ONNX.",
+        "ratio": "How layers share the budget: loss (least predicted loss), equal, softmax (SlimLLM) or zscore (FLAP); "
+        "all but loss need --axes ffn,kv, and the last two --shapes per-layer.",
+        "trials": "Plans that are rebuilt and measured before one is chosen; -1: several on small models, else 0.",
+    },
+    SCORES: {
+        "score": "How units are ranked: obs (greedy optimal brain surgeon), activation, slimllm, slimllm-explained, "
+        "flap, wanda, minitron, taylor (LLM-Pruner, from gradients), magnitude or random.",
+        "score_tokens": "Tokens that units are ranked on; 0: 1.5 for each FFN channel, at least 4096.",
+    },
+    SURGERY: {
+        "depth": "Attention of a dropped layer: drop (it goes), or clap (its best KV groups live on in the kept layer "
+        "before it).",
+        "norms": "RMSNorm weights after cuts: none, slnp (their length is kept), or calibrated (fitted "
+        "on the text, the final norm too).",
+        "absorb": "Fold norms behind a branch into the projection before them: none, safe (those that vary little) or "
+        "all.",
+        "absorb_limit": "Coefficient of variation up to which --absorb safe folds a norm.",
+        "absorb_constant": "What stands in for a folded norm's 1/rms: least-squares, or mean-inverse (the paper's).",
+        "rotate": "Basis in which hidden channels go: none (the model's own), or pca (principal components; SliceGPT).",
+    },
+    REPAIR: {
+        "repair": "Refit of the o and down projections: lstsq (least squares), diagonal (a factor and a bias for each "
+        "output; SlimLLM), bias (FLAP) or none.",
+        "biases": "Biases that the repair may add there: none, stock (where the family's class has them), or own "
+        "(everywhere; transformers cannot open the result).",
+        "target": "What the repair aims at: corrected (the dense model's stream), dense (its branch), or own (the "
+        "unpruned branch on the pruned stream; not with hidden pruning).",
+        "inputs": "Refit of q, k, v, gate and up: lstsq, none, or auto (lstsq where hidden channels go).",
+        "refine": "Gradient steps that fit all weights of a layer to the dense layer's output on the text; -1: some "
+        "hundred on small models, else 0.",
+    },
+    TEXT: {
+        "windows": "Calibration windows.",
+        "length": "Tokens in a window.",
+        "field": "Field of a .jsonl or .parquet file that holds the text.",
+        "seed": "Seed of everything random, such as text that the model samples.",
+    },
+    OUTPUT: {
+        "shard_bytes": "Largest size of one weight file, in bytes.",
+        "spill_bytes": "Hidden states above so many bytes go to a temporary file.",
+    },
+}
+# Flags that only decide the plan: beside a plan file they would do nothing.
+PLAN_KEYS = (*HELP[BUDGET], *HELP[SCORES], "depth", "absorb", "absorb_limit", "absorb_constant")
+# A flag that does something only where another key has one of these values.
+USEFUL_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "trials": ("ratio", ("loss",)),
+    "absorb_limit": ("absorb", ("safe", "all")),
+    "absorb_constant": ("absorb", ("safe", "all")),
+    "inputs": ("repair", ("lstsq",)),
+    "biases": ("repair", ("lstsq", "diagonal", "bias")),
+    "target": ("repair", ("lstsq", "diagonal", "bias")),
+}
+SWITCHED_OFF = (None, 0, "none")
+
+Flags = dict[str, Any]
 
 
 def show_default(name: str) -> str:
@@ -18,55 +89,115 @@ def show_default(name: str) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def recipe_option(name: str, text: str) -> Any:
+def recipe_option(name: str, text: str, panel: str | None = None) -> Any:
     """Return an option that fills a key of the recipe and is None unless given."""
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} [default: {show_default(name)}]")
+    return typer.Option(flag(name), help=f"{text} [default: {show_default(name)}]", rich_help_panel=panel)
+
+
+def list_recipe_flags(left_out: tuple[str, ...]) -> list[inspect.Parameter]:
+    """Return a keyword parameter for each key of the recipe, in the order of the help."""
+    kinds: dict[str, Any] = {item.name: type(item.default) for item in fields(Recipe)}
+    kinds["axes"] = str  # names joined by commas
+    options = {
+        name: Annotated[kinds[name] | None, recipe_option(name, text, panel)]
+        for panel, texts in HELP.items()
+        for name, text in texts.items()
+        if name not in left_out
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, keyword, default=None, annotation=option) for name, option in options.items()]
+
+
+def take_recipe(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: the verb gets a flag for each recipe key but those left out, and their values as `flags`."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        shared = list_recipe_flags(left_out)
+        own = [item for item in inspect.signature(verb, eval_str=True).parameters.values() if item.name != "flags"]
+
+        @wraps(verb)
+        def run(**given: Any) -> None:
+            flags = {item.name: given.pop(item.name) for item in shared}
+            verb(**given, flags=flags)
+
+        # typer reads a verb's flags from its signature.
+        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {item.name: item.annotation for item in (*own, *shared)}
+        return run
+
+    return decorate
 
 
 Source = Annotated[str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id such as org/name.")]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", help="Calibration text: .txt, .jsonl or .parquet; without it the model samples its own."),
+    typer.Option(
+        "--text",
+        help="Calibration text: .txt, .jsonl or .parquet; without it the model samples its own.",
+        rich_help_panel=TEXT,
+    ),
 ]
 EvalText = Annotated[
     Path | None,
-    typer.Option("--eval-text", help="Text to evaluate on; without it, a part of --text that calibration leaves out."),
+    typer.Option(
+        "--eval-text",
+        help="Text to evaluate on; without it, a part of --text that calibration leaves out.",
+        rich_help_panel=TEXT,
+    ),
 ]
-Keep = Annotated[float | None, recipe_option("keep", "Fraction of the non-embedding parameters to keep.")]
-Axes = Annotated[str | None, recipe_option("axes", f"What may be pruned, of {','.join(AXES)}.")]
-Multiple = Annotated[int | None, recipe_option("multiple", "Kept channels are a multiple of this; 0 is automatic.")]
-Score = Annotated[str | None, recipe_option("score", "How units are ranked: obs or activation.")]
-Repair = Annotated[str | None, recipe_option("repair", "Repair of what stays: lstsq or none.")]
-WindowCount = Annotated[int | None, recipe_option("windows", "Calibration windows.")]
-Length = Annotated[int | None, recipe_option("length", "Tokens in a window.")]
-Field = Annotated[str | None, recipe_option("field", "Field of a .jsonl or .parquet file that holds the text.")]
-Seed = Annotated[int | None, recipe_option("seed", "Seed of text that the model samples.")]
-ShardBytes = Annotated[int | None, recipe_option("shard_bytes", "Largest size of one weight file, in bytes.")]
-SpillBytes = Annotated[int | None, recipe_option("spill_bytes", "Hidden states above so many bytes go to a file.")]
+Keep = Annotated[float | None, recipe_option("keep", HELP[BUDGET]["keep"])]
+Length = Annotated[int | None, recipe_option("length", HELP[TEXT]["length"])]
+Field = Annotated[str | None, recipe_option("field", HELP[TEXT]["field"])]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file with the same keys as the flags; a flag goes before it.")
 ]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Use this plan (see `lightpress plan`), edited or not.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Use this plan (see `lightpress plan`), edited or not.", rich_help_panel=BUDGET),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=OUTPUT)
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.", rich_help_panel=OUTPUT)
+]
 Prompt = Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")]
 New = Annotated[int, typer.Option("--new", min=1, help="Tokens decoded after it.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")]
 
 
-PLAN_KEYS = ("keep", "axes", "multiple", "score")
+def settle_recipe(path: Path | None, flags: Flags, plan: Path | None) -> Recipe:
+    """Return the recipe of a file and of flags; UserError for flags that would do nothing."""
+    refuse_plan_flags(plan, flags)
+    if plan is not None and flags.get("target") == "own":
+        flags = {**flags, "axes": "ffn,kv,layers"}  # whether hidden channels go, the plan file says
+    recipe = read_recipe(path, flags)
+    refuse_idle_flags(recipe, flags)
+    return recipe
 
 
-def refuse_plan_flags(plan: Path | None, flags: dict[str, Any]) -> None:
+def refuse_plan_flags(plan: Path | None, flags: Flags) -> None:
     """Raise UserError when a plan file meets flags that would make another plan."""
-    given = [f"--{name}" for name in PLAN_KEYS if flags.get(name) is not None]
+    given = [flag(name) for name in PLAN_KEYS if flags.get(name) is not None]
     if plan is not None and given:
         raise UserError(f"{plan} already says what goes: leave out {', '.join(given)}, or make a new plan with them.")
 
 
-def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+def refuse_idle_flags(recipe: Recipe, flags: Flags) -> None:
+    """Raise UserError for a flag that the rest of the recipe makes useless."""
+    for name, (other, values) in USEFUL_WITH.items():
+        if flags.get(name) not in SWITCHED_OFF and getattr(recipe, other) not in values:
+            raise UserError(
+                f"{flag(name)} does nothing with {flag(other)} {getattr(recipe, other)}: leave it out, or give "
+                f"{flag(other)} {' or '.join(values)}."
+            )
+
+
+def read_recipe(path: Path | None, flags: Flags) -> Recipe:
     """Return the recipe of a YAML file, or of the defaults, overridden by flags that are not None."""
     return merge_recipe({} if path is None else read_recipe_file(path), flags)
 

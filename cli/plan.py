@@ -12,26 +12,30 @@ from cli.console import Console
 from cli.request import BenchSize, Request
 
 
+@options.take_recipe("shard_bytes", "refine")  # neither has a part in the plan
 def plan(
     *,
     source: options.Source,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan to this JSON file; else nothing is written.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write the plan to this JSON file; else nothing is written.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
-    text: options.Text = None,
-    keep: options.Keep = None,
-    axes: options.Axes = None,
-    multiple: options.Multiple = None,
-    score: options.Score = None,
-    repair: options.Repair = None,
-    windows: options.WindowCount = None,
-    length: options.Length = None,
-    field: options.Field = None,
-    seed: options.Seed = None,
-    recipe: options.RecipeFile = None,
+    flags: options.Flags,
     plan_file: options.PlanFile = None,
-    no_export: Annotated[bool, typer.Option("--no-export", help="Count no ONNX graph into the disk need.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan file that exists.")] = False,
+    recipe: options.RecipeFile = None,
+    text: options.Text = None,
+    no_export: Annotated[
+        bool,
+        typer.Option(
+            "--no-export", help="Count no ONNX graph into the disk need.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a plan file that exists.", rich_help_panel=options.OUTPUT)
+    ] = False,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -40,13 +44,8 @@ def plan(
 
     Example: lightpress plan ./model --keep 0.7 --text notes.txt -o plan.json
     """
-    flags = {
-        "keep": keep, "axes": axes, "multiple": multiple, "score": score, "repair": repair,
-        "windows": windows, "length": length, "field": field, "seed": seed,
-    }  # fmt: skip
-    options.refuse_plan_flags(plan_file, flags)
     request = Request(
-        source, options.read_recipe(recipe, flags), text,
+        source, options.settle_recipe(recipe, flags, plan_file), text,
         plan=plan_file, export=not no_export, speed=BenchSize(threads=threads),
     )  # fmt: skip
     with Console(as_json, quiet) as console:

@@ -15,11 +15,18 @@ from compress.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compress.checkpoint_writer import check_output, check_space
 from compress.errors import UserError
 from compress.importance import find_score
-from compress.pipeline import Task, new_config, plan_checkpoint, storage_dtype
-from compress.plan import Plan, keep_everything, read_plan
+from compress.pipeline import Task, check_turnable, plan_checkpoint, storage_dtype
+from compress.plan import Plan, keep_everything, plan_shape, read_plan
 from compress.recipe import Recipe
 from compress.sample import sample_windows
+from compress.settle import check_absorb, read_guards
+from compress.solve import TOKENS_PER_INPUT, raise_ridge, short_of_tokens
 from compress.spec import ModelSpec
+from compress.spec_change import add_biases
+from compress.surgery.absorbed_view import check_rotation
+from compress.surgery.depth import check_merges
+from compress.surgery.describe import REPAIRED, new_config
+from compress.surgery.job import Rebuild
 from compress.text import Windows, load_tokenizer, read_documents, read_windows
 from compress.weights import read_spec
 
@@ -56,16 +63,60 @@ def prepare_job(request: Request, console: Console) -> Job:
     if request.output is not None:
         check_output(request.output, checkpoint.folder, request.overwrite)
     spec = read_spec(checkpoint)
-    find_score(request.recipe.score)
     recipe = replace(request.recipe, length=min(request.recipe.length, spec.max_positions))
     plan = read_plan(request.plan, spec.shape) if request.plan else None
-    if plan is not None:
-        new_config(spec, plan)
+    if plan is None:
+        check_choices(spec, recipe)
+        check_biases(spec, recipe)
+    else:
+        check_plan(checkpoint, spec, plan, request)
     tokenizer = check_texts(request, checkpoint, recipe)
     job = Job(request, checkpoint, spec, recipe, tokenizer, plan)
     check_disk(job)
     check_weights(checkpoint, console)
     return job
+
+
+def check_choices(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise UserError for a recipe from which no plan can be made for this model."""
+    find_score(recipe.score)
+    check_absorb(spec, recipe)
+    check_rotation(spec, recipe)
+    axes = f"--axes {','.join(recipe.axes)}"
+    if recipe.rotate != "none" and "hidden" not in recipe.axes:
+        raise UserError(
+            f"--rotate {recipe.rotate} turns the hidden width before it is cut, and {axes} leaves it whole: "
+            "add hidden to --axes, or leave --rotate out."
+        )
+    if recipe.depth == "clap" and "layers" not in recipe.axes:
+        raise UserError(
+            f"--depth clap moves attention groups of dropped layers, and {axes} drops none: "
+            "add layers to --axes, or leave --depth out."
+        )
+    if recipe.absorb != "none" and recipe.keep == 1:
+        raise UserError(f"--absorb {recipe.absorb} is part of a plan, and --keep 1 makes none: keep less than 1.")
+
+
+def check_biases(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise UserError where the model has no place for the biases that the recipe adds."""
+    # Norms that are absorbed may change the family, and with it the places of biases.
+    if recipe.biases != "none" and recipe.absorb == "none":
+        add_biases(spec, spec.shape, REPAIRED, extend=recipe.biases == "own")
+
+
+def check_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan, request: Request) -> None:
+    """Raise UserError for a plan file that this model, or the rest of the recipe, cannot follow."""
+    recipe, cut = request.recipe, len(plan.hidden) < spec.shape.hidden
+    new_config(spec, plan, recipe)
+    check_merges(spec, plan, lambda layer: read_guards(checkpoint, spec, layer))
+    if recipe.target == "own" and cut:
+        raise UserError(f"--target own needs the whole hidden width, and {request.plan} cuts it; give another target.")
+    made = plan.notes.get("rotate", recipe.rotate)
+    if made != recipe.rotate and cut:
+        raise UserError(
+            f"{request.plan}: its hidden channels were chosen with --rotate {made}; give --rotate {made} here too."
+        )
+    check_turnable(plan, spec, recipe)
 
 
 def check_writable(folder: Path) -> None:
@@ -147,11 +198,30 @@ def warn_short(count: int, recipe: Recipe, console: Console) -> None:
 
 def decide_plan(job: Job, windows: Windows, console: Console) -> Plan:
     """Return the plan of a file, or make one; raises UserError when no stock configuration takes its shape."""
-    if job.plan is not None:
-        return job.plan
-    plan = plan_checkpoint(Task(job.checkpoint, job.spec, windows, job.recipe), console.progress)
-    new_config(job.spec, plan)
+    plan = job.plan
+    if plan is None:
+        plan = plan_checkpoint(Task(job.checkpoint, job.spec, windows, job.recipe), console.progress)
+        new_config(job.spec, plan, job.recipe)
+    warn_tokens(job, plan, windows, console)
     return plan
+
+
+def warn_tokens(job: Job, plan: Plan, windows: Windows, console: Console) -> None:
+    """Say when the text is too short for the least squares, which then hold on to the weights as they were cut."""
+    tokens, inputs = windows.tokens - len(windows.ids), count_inputs(job, plan)  # first tokens teach nothing
+    if not keeps_everything(job, plan) and job.recipe.repair == "lstsq" and short_of_tokens(tokens, inputs):
+        console.warn(
+            f"{tokens} tokens to refit projections that keep up to {inputs} inputs, and least squares needs "
+            f"{TOKENS_PER_INPUT} for each ({TOKENS_PER_INPUT * inputs}): the ridge is raised up to "
+            f"{raise_ridge(1.0, tokens, inputs):.1f} times, so the repair is weaker; give more text, or more --windows."
+        )
+
+
+def count_inputs(job: Job, plan: Plan) -> int:
+    """Return the most inputs that a refitted projection keeps."""
+    layers = plan_shape(plan, job.spec.shape).layers
+    read = len(plan.hidden) if Rebuild(job.checkpoint, job.spec, job.spec, plan, job.recipe, {}).refits_inputs else 0
+    return max(read, *(max(layer.query, layer.ffn) for layer in layers))
 
 
 def keeps_everything(job: Job, plan: Plan) -> bool:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cli.console import align_table, format_bytes, format_count
+from compress.plan import LayerPlan, Plan, describe_counts
 from compress.report import DIFFERENT, EQUAL, Comparison, LayerRow, Metrics, PlanReport, Proof
 
 SLOW = 100
-Row = tuple[str, str, str, str]
+WIDTH = 80  # columns of a plan's tables and notes
+Row = tuple[str, ...]
 
 
-def render_plan(plan: PlanReport) -> str:
-    """Return a plan as two tables and a line on what carrying it out needs."""
-    rows = [("layers", "query heads", "KV groups", "FFN channels"), *list_layers(plan)]
+def render_plan(plan: PlanReport, made: Plan | None = None) -> str:
+    """Return a plan as two tables and lines on what it costs; `made` tells what was measured and merged."""
+    rows, notes = (made.layers, made.notes) if made else ((), {})
+    taken = {row.layer: describe_taken(row) for row in rows if row.merged}
+    head: Row = ("layers", "query heads", "KV groups", "FFN channels", *(("groups taken in",) if taken else ()))
     sizes: list[Row] = [
         ("", "dense", "planned", "ratio"),
         size_row("layers", len(plan.layers) + len(plan.dropped_layers), len(plan.layers), str),
@@ -21,16 +27,24 @@ def render_plan(plan: PlanReport) -> str:
         size_row("parameters", plan.dense_parameters, plan.parameters, format_count),
         size_row("bytes", plan.dense_bytes, plan.bytes, format_bytes),
     ]
-    return "\n".join([align_table(rows), "", align_table(sizes), "", *list_plan_notes(plan)])
+    lines = [textwrap.fill(line, WIDTH) for line in list_plan_notes(plan, notes.get("measured_loss"))]
+    return "\n".join([align_table([head, *list_layers(plan, taken)]), "", align_table(sizes), "", *lines])
 
 
-def list_layers(plan: PlanReport) -> list[Row]:
-    """Return one row per kept layer, or one row for all when they are alike."""
+def list_layers(plan: PlanReport, taken: Mapping[int, str]) -> list[Row]:
+    """Return one row per kept layer, or one row for all when they are alike; `taken` is a last column."""
     dense = plan.dense_layer
     shapes = {(row.query_heads, row.kv_groups, row.ffn) for row in plan.layers}
+    if taken:
+        return [(*layer_row(str(row.layer), row, dense), taken.get(row.layer, "")) for row in plan.layers]
     if len(shapes) == 1:
         return [layer_row(f"all {len(plan.layers)}", plan.layers[0], dense)]
     return [layer_row(str(row.layer), row, dense) for row in plan.layers]
+
+
+def describe_taken(row: LayerPlan) -> str:
+    """Return how many groups a layer takes in from each dropped one."""
+    return ", ".join(f"{len(groups.kv_groups)} of layer {groups.layer}" for groups in row.merged)
 
 
 def layer_row(name: str, row: LayerRow, dense: LayerRow) -> Row:
@@ -52,14 +66,17 @@ def size_row(name: str, before: float, after: float, show: Callable[[float], str
     return (name, show(before), show(after), f"{after / before:.3f}")
 
 
-def list_plan_notes(plan: PlanReport) -> list[str]:
-    """Return the lines below a plan's tables."""
+def list_plan_notes(plan: PlanReport, measured: float | None) -> list[str]:
+    """Return the lines below a plan's tables; `measured` is the loss of the plan where it was tried."""
     gone = ", ".join(map(str, plan.dropped_layers)) or "none"
     notes = [f"Layers dropped: {gone}. Kept of the non-embedding parameters: {plan.kept_fraction:.3f}."]
     axes = {axis: value for axis, value in plan.predicted_loss.items() if value > 0}
     if axes:
         parts = ", ".join(f"{axis} {value:.3f}" for axis, value in axes.items())
-        notes.append(f"Predicted loss before repair: {sum(axes.values()):.3f} nats per token ({parts}).")
+        when = " before repair" if measured is None else ""  # prices of tried plans come from repaired cuts
+        notes.append(f"Predicted loss{when}: {sum(axes.values()):.3f} nats per token ({parts}).")
+    if measured is not None:
+        notes.append(f"Measured loss: {measured:.3f} nats per token, repaired on a part of the text, not refined.")
     if plan.skipped_sinks or plan.pinned_channels:
         seen = f"{plan.skipped_sinks} sink tokens left out of the statistics"
         notes.append(f"Attention sinks: {seen}, {plan.pinned_channels} channels with massive activations pinned.")
@@ -68,17 +85,71 @@ def list_plan_notes(plan: PlanReport) -> list[str]:
     return notes
 
 
+def render_choices(plan: Plan) -> str:
+    """Return what a plan notes of its making: the norms that may be absorbed, and groups that could not move."""
+    parts = []
+    reports = plan.notes.get("absorption", [])
+    if reports:
+        parts += [align_table(list_absorption(plan, reports)), textwrap.fill(ABSORPTION, WIDTH)]
+    for layer, reason in plan.notes.get("not_merged", {}).items():
+        parts.append(textwrap.fill(f"No attention group of layer {layer} lives on: {reason}.", WIDTH))
+    return "\n".join(parts)
+
+
+ABSORPTION = (
+    "cv: coefficient of variation of the rms that the norm divides by, over tokens. error: predicted relative error "
+    "of the branch without that division. goes, stays: what the plan does; a ! marks a norm that goes though it "
+    "varies more than --absorb-limit."
+)
+
+
+def list_absorption(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return one row per layer: for each of its post-norms the variation, the predicted error, and whether it goes."""
+    roles = list(dict.fromkeys(str(report["norm"]) for report in reports))
+    found = {(report["layer"], report["norm"]): report for report in reports}
+    gone = {(row.layer, role) for row in plan.layers for role, _ in row.absorbed}
+    kept = set(plan.kept_layers)
+
+    def list_cells(layer: int, role: str) -> Row:
+        report = found.get((layer, role))
+        if report is None:
+            return "", "", ""
+        fate = "goes" if (layer, role) in gone else "stays"
+        mark = "!" if fate == "goes" and not report["go"] else ""
+        return f"{report['variation']:.3f}", f"{report['error']:.3f}", fate + mark if layer in kept else "dropped"
+
+    head = ("layer", *(cell for role in roles for cell in (f"{role} cv", "error", "")))
+    layers = list(dict.fromkeys(report["layer"] for report in reports))
+    return [head, *((str(layer), *(cell for role in roles for cell in list_cells(layer, role))) for layer in layers)]
+
+
+def render_tried(plan: Plan) -> str:
+    """Return one line per plan that was rebuilt and measured, with a star at the one that was taken; may be empty."""
+    tried = plan.notes.get("tried", [])
+    if not tried:
+        return ""
+    best = min(range(len(tried)), key=lambda place: tried[place]["loss"])
+    lines = [f"{' *'[place == best]} {one['loss']:.4f}  {outline_sizes(one)}" for place, one in enumerate(tried)]
+    return "\n".join(["Tried plans, and KL to the dense model in nats per token on text kept out:", *lines])
+
+
+def outline_sizes(tried: Mapping[str, Any]) -> str:
+    """Return the sizes of a tried plan in words."""
+    groups, ffn = describe_counts(tried["kv_groups"]), describe_counts(tried["ffn"])
+    return f"{tried['layers']} layers, hidden {tried['hidden']}, KV groups {groups}, FFN {ffn}"
+
+
 def render_comparison(result: Comparison) -> str:
     """Return the table of dense against compressed, or of one model alone, with what was measured only."""
     dense, compressed = result.dense, result.compressed
-    rows = [("", "dense", "compressed", "ratio")]
+    rows: list[Row] = [("", "dense", "compressed", "ratio")]
     for name, read, show in METRICS:
         after = read(compressed)
         if after is not None:
             rows.append(metric_row(name, read(dense) if dense else None, after, show))
     for kind, share in compressed.accuracy.items():
         rows.append(metric_row(f"accuracy: {kind}", dense.accuracy.get(kind) if dense else None, share, format_share))
-    table = align_table(rows if dense else [(name, after) for name, _, after, _ in rows[1:]])
+    table = align_table(rows if dense else [(row[0], row[2]) for row in rows[1:]])
     return "\n".join([table, *(note for note in (result.quality_note, result.speed_note) if note)])
 
 

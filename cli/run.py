@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from cli.console import Console, RunFailure
 from cli.estimate import estimate_disk, estimate_memory
 from cli.measure import Model
 from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
-from cli.render import render_comparison, render_plan, render_proof
+from cli.render import render_choices, render_comparison, render_plan, render_proof, render_tried
 from cli.request import BenchSize, Request
 from cli.version import read_version
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter
 from compress.evaluate import Quality
-from compress.pipeline import Result, Task, compress_checkpoint, describe_run, new_config, storage_dtype, write_plan
-from compress.plan import Plan, plan_shape
+from compress.pipeline import Result, Task, compress_checkpoint, describe_run, storage_dtype, write_plan
+from compress.plan import Plan
+from compress.recipe import Recipe, flag
 from compress.report import DIFFERENT, Comparison, LayerRow, PlanReport, Proof, RunReport, make_plain
 from compress.shapes import LayerShape
 from compress.spec import expected_tensors, resolve_model
+from compress.surgery.describe import new_config
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
 UNDERSHOOT = 0.05  # share of the parameters that a plan may remove beyond what was asked for without a word
@@ -77,9 +79,17 @@ def run_compress(request: Request, console: Console, scorer: Scorer | None = Non
 
 
 def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
-    """Print a plan, with a warning when the allowed steps took much more than was asked for."""
+    """Print a plan, with how it was found, and warn of what the user should know before going on."""
     summary = report_plan(job, plan)
-    console.show(render_plan(summary))
+    # What was found on the way to a plan says nothing of one that was edited since.
+    tried, choices = (render_tried(plan), render_choices(plan)) if job.plan is None else ("", "")
+    if tried:
+        console.note(tried)
+    console.show(render_plan(summary, plan))
+    if choices:
+        console.show(f"\n{choices}")
+    for sentence in plan.notes.get("overflow", []):
+        console.warn(sentence[0].lower() + sentence[1:])
     if job.request.plan is None and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:
         console.warn(
             f"the allowed steps go down to {summary.kept_fraction:.2f} instead of {job.recipe.keep:g}; "
@@ -90,9 +100,9 @@ def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
 
 def report_plan(job: Job, plan: Plan) -> PlanReport:
     """Put a plan into numbers."""
-    dense, shape = job.spec.shape, plan_shape(plan, job.spec.shape)
+    new = resolve_model(new_config(job.spec, plan, job.recipe), None)
+    dense, shape = job.spec.shape, new.shape  # with what the recipe adds: biases, or a rotated model's own head
     itemsize = storage_dtype(job.checkpoint, job.spec).itemsize
-    new = resolve_model(new_config(job.spec, plan), None)
     kept = set(plan.kept_layers)
     return PlanReport(
         layers=tuple(make_row(row.layer, layer) for row, layer in zip(plan.layers, shape.layers, strict=True)),
@@ -141,7 +151,7 @@ def write_model(
     windows = texts.calibration.take(2) if keeps_everything(job, plan) else texts.calibration
     task = Task(job.checkpoint, job.spec, windows, recipe)
     writer = CheckpointWriter(
-        request.output, new_config(job.spec, plan), recipe.shard_bytes,
+        request.output, new_config(job.spec, plan, job.recipe), recipe.shard_bytes,
         overwrite=request.overwrite, source=job.checkpoint.folder,
     )  # fmt: skip
     try:
@@ -301,11 +311,18 @@ def run_plan(request: Request, output: Path | None, overwrite: bool, console: Co
         console.show(
             f"Plan written to {output}. Edit the lists of kept indices if you like, then:\n"
             f"  lightpress compress {shlex.quote(request.source)} --plan {shlex.quote(str(output))}"
-            f"{text_flag(request)} -o OUT"
+            f"{list_flags(request)} -o OUT"
         )
     console.finish(make_plain({**make_plain(summary), "plan": plan.to_json(), "output": output}))
 
 
-def text_flag(request: Request) -> str:
-    """Return the --text flag that a following command needs."""
-    return f" --text {shlex.quote(str(request.text))}" if request.text else ""
+def list_flags(request: Request) -> str:
+    """Return the flags that the command which follows a plan needs: the text, and what a plan file does not decide."""
+    given = [("--text", request.text)] if request.text else []
+    values = {item.name: (item.default, getattr(request.recipe, item.name)) for item in fields(Recipe)}
+    given += [
+        (flag(name), value)
+        for name, (default, value) in values.items()
+        if value != default and name not in options.PLAN_KEYS
+    ]
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given)

@@ -27,19 +27,20 @@ ABOUT = f"""{TITLE}
 {TRAIN}      text that the model was calibrated with
 {HELDOUT}    text that it was evaluated on
 """
-INTRODUCTION = f"""This demo compresses a small language model that ships with Lightpress.
+INTRODUCTION = """This demo compresses a small language model that ships with Lightpress.
 The model was trained on stories, facts, sums and sentences that a small grammar writes.
-First it runs on some of that text, to see which layers, heads and channels matter least; those are removed, and what
-stays is repaired by least squares. The result is written, exported to ONNX, opened again in fresh processes and
-compared with the dense model on text that neither training nor calibration saw,
-and on {TASKS} tasks of each of four kinds."""
+First it runs on some of that text, to see which layers, heads and channels matter least. Up to {trials} plans are
+rebuilt and measured, and the best is carried out: what stays is repaired by least squares and by {refine} gradient
+steps on each layer. (`lightpress compress` tries more plans and takes more steps on so small a model; this is to be
+quick.) The result is written, exported to ONNX, opened again in fresh processes and compared with the dense model on
+text that neither training nor calibration saw, and on {tasks} tasks of each of four kinds."""
 
 
 def run_demo(output: Path, recipe: Recipe, speed: BenchSize, console: Console) -> RunReport:
     """Compress the shipped checkpoint into `output`, with commentary; raises UserError when the folder is in use."""
     source = find_checkpoint()
     check_folder(output)
-    console.show(INTRODUCTION + "\n")
+    console.show(INTRODUCTION.format(trials=recipe.trials, refine=recipe.refine, tasks=TASKS) + "\n")
     console.show(f"Writing text for calibration and evaluation to {output}.")
     write_texts(output)
     request = Request(
@@ -96,4 +97,5 @@ Try next:
   lightpress inspect {output / MODEL}
   lightpress plan {source} --keep 0.5 --text {output / TRAIN}
   lightpress compress {source} --keep 0.5 --text {output / TRAIN} --eval-text {output / HELDOUT} -o half
+  lightpress compress {source} --keep 0.5 --shapes per-layer --text {output / TRAIN} -o uneven
   lightpress bench half --against {source}"""
