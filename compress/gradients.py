@@ -46,8 +46,6 @@ ATTENTION, MLP = "attention", "mlp"
 TOKENS = 1024  # tokens whose graph through one layer exists at once; at least one window
 # Tokens whose logits exist at once, and fewer where the vocabulary is large: 2^24 values are 64 MiB.
 PIECE_TOKENS, PIECE_VALUES = 512, 2**24
-# Share of the isotropic matrix in a Fisher matrix that a choice is made by: few tokens leave it nearly singular.
-SHRINK = 0.1
 
 
 @dataclass(frozen=True)
@@ -303,24 +301,12 @@ def predict_loss(fisher: StreamFisher, branch: str, error: Tensor | float) -> fl
     `error`: second moments E[e e^T] per token `[hidden, hidden]`, not centred, or the energy E|e|^2 per token alone,
     then taken as isotropic. Exact to second order for errors that know nothing of the gradients and of each other. A
     pruned branch errs most where the model is unsure or least where it is: on trained models this predicted 0.13 to 2.4
-    times what was measured: use it to compare cuts of one branch, and `predict_joint_loss` for what they cost.
+    times what was measured: use it to compare layers and cuts of one branch, not for what they cost.
     """
     matrix = fisher.mean(branch)
     if isinstance(error, Tensor):
         return 0.5 * float((matrix * error.double()).sum())
     return 0.5 * float(matrix.trace()) * error / len(matrix)
-
-
-def predict_joint_loss(gradient: Tensor, error: Tensor, counted: Tensor) -> float:
-    """Return the KL in nats per counted token of an error whose value at each token is known: 1/2 mean (g . e)^2.
-
-    `gradient` and `error` `[windows, length, hidden]`: gradient with sampled labels by the stream where the error
-    arises, `counted` `[windows, length]`. Sees which tokens an error falls on, unlike `predict_loss`: on trained models
-    0.65 to 1.05 times the KL measured after removing 10% of a branch. One draw of labels on 2048 tokens scatters by
-    a third or more: average draws (our derivation).
-    """
-    products = (gradient[counted] * error[counted]).sum(-1, dtype=torch.float64)
-    return 0.5 * float(products.pow(2).mean())
 
 
 def measure_sensitivity(fisher: StreamFisher) -> Sensitivity:
@@ -335,17 +321,3 @@ def sensitivities(
     """Return each layer's sensitivity, first layer first; `sensitivity x damage / energy` of a layer is loss."""
     found = [measure_sensitivity(fisher) for fisher in stream_fisher(checkpoint, spec, windows, options)]
     return tuple(reversed(found))
-
-
-def factor_loss(fisher: StreamFisher, branch: str, shrink: float = SHRINK) -> Tensor:
-    """Return R `[hidden, hidden]` with |R e|^2 the loss in nats that an error e of one token's stream adds.
-
-    R times a branch's last projection gives rankings whose damage is loss instead of squared error. The Fisher
-    matrix is first mixed with its isotropic mean by `shrink` (above 0: few tokens leave it singular), which keeps its
-    trace (Ledoit and Wolf 2004 with a fixed share; our choice).
-    """
-    matrix = 0.5 * (1 - shrink) * fisher.mean(branch)
-    level = 0.5 * shrink * float(fisher.mean(branch).diagonal().mean())
-    matrix.diagonal().add_(max(level, torch.finfo(torch.float64).tiny))
-    lower: Tensor = torch.linalg.cholesky(matrix)
-    return lower.T

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.choose import Choice, Prices, Scope, choose_plan, full_scope
 from compress.decoder import compute_logits
 from compress.errors import UserError
+from compress.gradients import sensitivities
 from compress.importance.findings import Findings
 from compress.plan import Plan
 from compress.probe import cut_spec, price_damage, probe_damage, probe_plans, weigh_axes
@@ -35,6 +37,8 @@ from compress.weights import read_head
 
 TRIALS = 6  # plans measured on a small model
 LEARNED, MEASURED = 32, 12  # windows of about 256 tokens that a trial learns from, and that measure it
+# Tokens of the Fisher sums: as many as cost little beside a calibration pass.
+SENSED, SENSED_WORK = 4096, 2**37
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,9 +78,14 @@ def search_plan(bench: Bench, findings: Findings, progress: Progress) -> Plan:
         axis = {}
         if recipe.ratio == "loss" and len(recipe.axes) > 1:
             axis = weigh_axes(bench.checkpoint, spec, findings, bench.windows, recipe.axes)
-        return settle(bench, findings, choose_plan(spec, findings, recipe, Prices(axis)).plan)
+        prices = Prices(axis, price_layers(bench) if recipe.ratio == "loss" else {})
+        return settle(bench, findings, choose_plan(spec, findings, recipe, prices).plan)
     prices = price_axes(bench, findings)
-    choices = list_choices(bench, findings, prices)[:trials]
+    choices = list_choices(bench, findings, prices)
+    if recipe.shapes == "per-layer":
+        # How sensitive layers are is itself an estimate: plans with and without it are measured against each other.
+        choices = join_choices(choices, list_choices(bench, findings, replace(prices, layers=price_layers(bench))))
+    choices = choices[:trials]
     losses = []
     for place, choice in enumerate(choices):
         progress("try plans", place, len(choices))
@@ -113,6 +122,26 @@ def price_axes(bench: Bench, findings: Findings) -> Prices:
         added = measure_plan(bench, settle(bench, findings, plan))
         prices[axis] = price_damage(added, probe_damage(findings, plan, axis))
     return Prices(prices)
+
+
+def price_layers(bench: Bench) -> dict[int, tuple[float, float]]:
+    """Return each layer's sensitivity to errors of its attention and its MLP, relative to the mean of all layers.
+
+    From the Fisher information of the residual stream (gradients.py); nothing where all layers are cut alike.
+    """
+    if bench.recipe.shapes != "per-layer":
+        return {}
+    count = max(1, min(SENSED, SENSED_WORK // bench.spec.shape.parameters) // bench.windows.ids.shape[1])
+    found = sensitivities(bench.checkpoint, bench.spec, bench.windows.take(count))
+    attention = max(sum(each.attention for each in found) / len(found), 1e-12)
+    mlp = max(sum(each.mlp for each in found) / len(found), 1e-12)
+    return {each.layer: (each.attention / attention, each.mlp / mlp) for each in found}
+
+
+def join_choices(first: Sequence[Choice], second: Sequence[Choice]) -> list[Choice]:
+    """Return both lists in turns, without repeats."""
+    turns = [choice for pair in zip_longest(first, second) for choice in pair if choice is not None]
+    return list({(choice.plan.hidden, choice.plan.layers): choice for choice in reversed(turns)}.values())[::-1]
 
 
 def list_choices(bench: Bench, findings: Findings, prices: Prices) -> list[Choice]:

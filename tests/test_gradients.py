@@ -32,9 +32,7 @@ from compress.gradients import (
     BackwardOptions,
     LayerGradients,
     StreamFisher,
-    factor_loss,
     first_order_scores,
-    predict_joint_loss,
     predict_loss,
     sensitivities,
     stream_backward,
@@ -42,9 +40,7 @@ from compress.gradients import (
     sum_fisher,
 )
 from compress.hidden import HiddenStore
-from compress.importance.units import rank_by_obs
 from compress.spec import ModelSpec
-from compress.stats import Moments
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer, read_spec
 
@@ -378,24 +374,6 @@ def test_directed_errors_cost_what_their_covariance_predicts(end: int, fitted: F
     assert predict_loss(fisher, "attention", energy) != pytest.approx(measured, rel=0.6)
 
 
-def test_errors_that_follow_the_gradients_cost_what_the_joint_sum_predicts(fitted: Fitted) -> None:
-    """Errors fall on the tokens with the largest gradients only: second moments miss that, the joint sum does not."""
-    model, windows, fishers = fitted.model, fitted.windows, fitted.fishers
-    size = torch.stack([slope.pow(2).sum(-1) for slope in fitted.slopes]).mean(0)
-    counted = torch.zeros_like(size, dtype=torch.bool)
-    counted[:, 1:-1] = True
-    chosen = counted & (size > size[counted].quantile(0.8))
-    noise = torch.randn(*windows.ids.shape, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    error = 1e-3 * noise * chosen[..., None]
-    dense = model.run(windows.ids).log_softmax(-1)
-    other = model.run(windows.ids, (1, "mlp"), error).log_softmax(-1)
-    measured = float(F.kl_div(other, dense, reduction="sum", log_target=True)) / int(counted.sum())
-    joint = sum(predict_joint_loss(slope, error, counted) for slope in fitted.slopes) / len(fitted.slopes)
-    assert joint == pytest.approx(measured, rel=0.3)
-    rows = error[counted]
-    assert predict_loss(fishers[1], "mlp", rows.T @ rows / len(rows)) < 0.6 * measured
-
-
 def test_fisher_sums_equal_a_loop_over_tokens(tmp_path: Path) -> None:
     checkpoint, spec = open_tiny(tmp_path, "llama")
     options, windows = BackwardOptions("sampled", seed=2), draw_windows(2)
@@ -459,29 +437,6 @@ def test_sensitivities_are_the_loss_of_an_error_as_large_as_the_stream(tmp_path:
         scale = fisher.energy / fisher.tokens / spec.shape.hidden / 2
         assert row.attention == pytest.approx(scale * float(fisher.attention.trace()) / fisher.tokens)
         assert row.mlp == pytest.approx(scale * float(fisher.mlp.trace()) / fisher.tokens)
-
-
-def test_factor_turns_squared_error_into_loss(fitted: Fitted) -> None:
-    fisher = fitted.fishers[0]
-    for shrink in (1e-9, 0.5):
-        factor = factor_loss(fisher, "mlp", shrink)
-        mean = fisher.mean("mlp")
-        level = float(mean.trace()) / len(mean) * torch.eye(len(mean), dtype=torch.float64)
-        torch.testing.assert_close(factor.T @ factor, ((1 - shrink) * mean + shrink * level) / 2)
-
-
-def test_damage_of_a_factored_projection_is_predicted_loss(fitted: Fitted) -> None:
-    """Without a repair that could help (inputs uncorrelated), damage per token = loss of the error's covariance."""
-    fisher, random = fitted.fishers[0], torch.Generator().manual_seed(3)
-    moments, hidden = Moments.empty(6), len(fisher.mlp)
-    orthogonal = torch.linalg.qr(torch.randn(50, 6, generator=random, dtype=torch.float64)).Q
-    moments.update(orthogonal * torch.arange(1, 7))
-    weight = torch.randn(hidden, 6, generator=random, dtype=torch.float64)
-    ranking = rank_by_obs(moments, factor_loss(fisher, "mlp", 1e-9) @ weight, 1)
-    gone = list(ranking.order[:2])
-    covariance = weight[:, gone] @ moments.gram[gone][:, gone] @ weight[:, gone].T / moments.count
-    # Removal is damped by the ridge of the inverse, 1e-3 of the mean diagonal.
-    assert ranking.damage[2] / moments.count == pytest.approx(predict_loss(fisher, "mlp", covariance), rel=0.02)
 
 
 # Mistakes

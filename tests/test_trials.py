@@ -23,7 +23,7 @@ import compress.trials
 from compress.calibrate import fill_embeddings
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter
-from compress.choose import Prices, choose_plan
+from compress.choose import Choice, Prices, choose_plan
 from compress.errors import UserError
 from compress.importance.findings import Findings
 from compress.pipeline import Task, compress_checkpoint, find_units
@@ -167,7 +167,7 @@ def test_without_trials_the_probes_of_single_axes_decide(load: Any, monkeypatch:
     monkeypatch.setattr(compress.trials, "weigh_axes", forbid)  # one axis alone needs no price
     one = replace(bench, recipe=replace(bench.recipe, axes=("ffn",), keep=0.8))
     assert search_plan(one, findings, forbid) == choose_plan(bench.spec, findings, one.recipe, Prices({})).plan
-    stated = replace(one.recipe, axes=("ffn", "kv"), ratio="softmax", trials=5)
+    stated = replace(one.recipe, axes=("ffn", "kv"), ratio="softmax", shapes="per-layer", trials=5)
     plan = search_plan(replace(bench, recipe=stated), findings, forbid)
     assert plan == choose_plan(bench.spec, findings, stated, Prices({})).plan
 
@@ -380,3 +380,23 @@ def test_probed_losses_are_those_of_the_cut_models(case: str, load: Any, tmp_pat
         assert losses[axis] == pytest.approx(float(wanted), rel=1e-5)
     assert losses.keys() == plans.keys()
     assert cut_spec(bench.spec, plans["kv"]).shape == plan_shape(plans["kv"], bench.spec.shape)
+
+
+def test_layers_are_priced_by_their_sensitivity_where_they_may_differ(load: Any) -> None:
+    bench, findings = load("llama", trials=0)
+    assert compress.trials.price_layers(bench) == {}
+    uneven = replace(bench, recipe=replace(bench.recipe, shapes="per-layer"))
+    prices = compress.trials.price_layers(uneven)
+    assert sorted(prices) == [layer.index for layer in findings.layers]
+    for branch in range(2):
+        values = [pair[branch] for pair in prices.values()]
+        assert min(values) > 0
+        assert len(set(values)) > 1
+        assert sum(values) / len(values) == pytest.approx(1.0)
+
+
+def test_joined_choices_take_turns_without_repeats(load: Any) -> None:
+    bench, findings = load("llama", trials=0)
+    made = [Choice(keep_everything(bench.spec.shape), 0.1), *list_choices(bench, findings, Prices({}))[:2]]
+    joined = compress.trials.join_choices(made, [made[1], made[0], made[2]])
+    assert [choice.plan for choice in joined] == [choice.plan for choice in made]
