@@ -58,11 +58,14 @@ BASELINES = {
     "wanda-sp, regression": replace(PLAIN, score="wanda", repair="diagonal", target="own", biases="own"),
     "shortgpt": replace(PLAIN, axes=("layers",), ratio="loss", depth="drop"),
     "slicegpt": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none"),
+    "slicegpt, equal total": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none"),
     "slicegpt, absorbed": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none", absorb="all"),
 }
 OURS = {
     "default": Recipe(),
     "default, per-layer": Recipe(shapes="per-layer"),
+    "rotated": Recipe(rotate="pca"),
+    "rotated, equal total": Recipe(rotate="pca"),
     "closed form": Recipe(refine=0),
     "closed form, per-layer": Recipe(refine=0, shapes="per-layer"),
 }
@@ -178,12 +181,21 @@ def measure(case: Case, name: str, recipe: Recipe) -> Row | None:
     return row
 
 
+def fit_keep(case: Case, name: str, keep: float) -> float:
+    """Return the budget of a method; a rotated tied model pays for the head of its own where the name says so."""
+    shape = case.spec.shape
+    if not name.endswith("equal total") or not shape.tied:
+        return keep
+    total = keep * shape.layer_parameters + shape.embedding_parameters
+    return total / (shape.layer_parameters + 2 * shape.embedding_parameters)
+
+
 def compare_methods(case: Case, keeps: list[float], methods: dict[str, Recipe]) -> None:
     """Print the table, and per budget our excess as a share of the best baseline's."""
     print(HEAD, flush=True)
     verdicts = []
     for keep in keeps:
-        at = {name: replace(recipe, keep=keep, multiple=STEP) for name, recipe in methods.items()}
+        at = {name: replace(recipe, keep=fit_keep(case, name, keep), multiple=STEP) for name, recipe in methods.items()}
         rows = {name: measure(case, name, recipe) for name, recipe in at.items()}
         done = {name: row.excess for name, row in rows.items() if row is not None}
         rivals = {name: excess for name, excess in done.items() if name in BASELINES}

@@ -141,7 +141,10 @@ def price_layers(bench: Bench) -> dict[int, tuple[float, float]]:
 def join_choices(first: Sequence[Choice], second: Sequence[Choice]) -> list[Choice]:
     """Return both lists in turns, without repeats."""
     turns = [choice for pair in zip_longest(first, second) for choice in pair if choice is not None]
-    return list({(choice.plan.hidden, choice.plan.layers): choice for choice in reversed(turns)}.values())[::-1]
+    found: dict[tuple[object, ...], Choice] = {}
+    for choice in turns:
+        found.setdefault((choice.plan.hidden, choice.plan.layers), choice)
+    return list(found.values())
 
 
 def list_choices(bench: Bench, findings: Findings, prices: Prices) -> list[Choice]:

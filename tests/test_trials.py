@@ -397,6 +397,7 @@ def test_layers_are_priced_by_their_sensitivity_where_they_may_differ(load: Any)
 
 def test_joined_choices_take_turns_without_repeats(load: Any) -> None:
     bench, findings = load("llama", trials=0)
-    made = [Choice(keep_everything(bench.spec.shape), 0.1), *list_choices(bench, findings, Prices({}))[:2]]
-    joined = compress.trials.join_choices(made, [made[1], made[0], made[2]])
-    assert [choice.plan for choice in joined] == [choice.plan for choice in made]
+    first, second = list_choices(bench, findings, Prices({}))[:2]
+    third = Choice(keep_everything(bench.spec.shape), 0.1)
+    joined = compress.trials.join_choices([first, third], [second, first])
+    assert [choice.plan for choice in joined] == [first.plan, second.plan, third.plan]
