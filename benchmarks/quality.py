@@ -56,7 +56,7 @@ BASELINES = {
     "flap, equal": replace(PLAIN, score="flap", repair="bias", target="dense", biases="own"),
     "slimllm, equal": replace(PLAIN, score="slimllm", repair="diagonal", target="own", biases="own"),
     "wanda-sp, regression": replace(PLAIN, score="wanda", repair="diagonal", target="own", biases="own"),
-    "shortgpt": replace(PLAIN, axes=("layers",), ratio="loss", depth="drop"),
+    "shortgpt": replace(PLAIN, axes=("layers",), ratio="influence"),
     "slicegpt": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none"),
     "slicegpt, equal total": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none"),
     "slicegpt, absorbed": replace(PLAIN, axes=("hidden",), ratio="loss", rotate="pca", norms="none", absorb="all"),

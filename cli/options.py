@@ -30,8 +30,8 @@ HELP: Mapping[str, Mapping[str, str]] = {
         "trials": "Plans that are rebuilt and measured before one is chosen; -1: several on small models, else 0.",
     },
     SCORES: {
-        "score": "How units are ranked: obs (greedy optimal brain surgeon), activation, slimllm, slimllm-explained, "
-        "flap, wanda, minitron, taylor (LLM-Pruner, from gradients), magnitude or random.",
+        "score": "How units are ranked: obs (greedy optimal brain surgeon), activation, slimllm, slimllm-plain, "
+        "slimllm-explained, flap, wanda, minitron, taylor (LLM-Pruner, from gradients), magnitude or random.",
         "score_tokens": "Tokens that units are ranked on; 0: 1.5 for each FFN channel, at least 4096.",
     },
     SURGERY: {

@@ -25,7 +25,7 @@ from compress.spec import ModelSpec
 from compress.spec_change import add_biases
 from compress.surgery.absorbed_view import check_rotation
 from compress.surgery.depth import check_merges
-from compress.surgery.describe import REPAIRED, new_config
+from compress.surgery.describe import REPAIRED, describe_new, new_config
 from compress.surgery.job import Rebuild
 from compress.text import Windows, load_tokenizer, read_documents, read_windows
 from compress.weights import read_spec
@@ -67,7 +67,7 @@ def prepare_job(request: Request, console: Console) -> Job:
     plan = read_plan(request.plan, spec.shape) if request.plan else None
     if plan is None:
         check_choices(spec, recipe)
-        check_biases(spec, recipe)
+        check_biases(checkpoint, spec, recipe)
     else:
         check_plan(checkpoint, spec, plan, request)
     tokenizer = check_texts(request, checkpoint, recipe)
@@ -97,22 +97,21 @@ def check_choices(spec: ModelSpec, recipe: Recipe) -> None:
         raise UserError(f"--absorb {recipe.absorb} is part of a plan, and --keep 1 makes none: keep less than 1.")
 
 
-def check_biases(spec: ModelSpec, recipe: Recipe) -> None:
-    """Raise UserError where the model has no place for the biases that the recipe adds."""
+def check_biases(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise UserError where the model has no place for the biases that the recipe adds, or no use for them."""
     # Norms that are absorbed may change the family, and with it the places of biases.
     if recipe.biases != "none" and recipe.absorb == "none":
         add_biases(spec, spec.shape, REPAIRED, extend=recipe.biases == "own")
+        Rebuild(checkpoint, spec, spec, keep_everything(spec.shape), recipe, {})
 
 
 def check_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan, request: Request) -> None:
     """Raise UserError for a plan file that this model, or the rest of the recipe, cannot follow."""
-    recipe, cut = request.recipe, len(plan.hidden) < spec.shape.hidden
-    new_config(spec, plan, recipe)
+    recipe = request.recipe
+    Rebuild(checkpoint, spec, describe_new(spec, plan, recipe), plan, recipe, {})  # refuses what has nothing to do
     check_merges(spec, plan, lambda layer: read_guards(checkpoint, spec, layer))
-    if recipe.target == "own" and cut:
-        raise UserError(f"--target own needs the whole hidden width, and {request.plan} cuts it; give another target.")
     made = plan.notes.get("rotate", recipe.rotate)
-    if made != recipe.rotate and cut:
+    if made != recipe.rotate and len(plan.hidden) < spec.shape.hidden:
         raise UserError(
             f"{request.plan}: its hidden channels were chosen with --rotate {made}; give --rotate {made} here too."
         )
@@ -209,7 +208,7 @@ def decide_plan(job: Job, windows: Windows, console: Console) -> Plan:
 def warn_tokens(job: Job, plan: Plan, windows: Windows, console: Console) -> None:
     """Say when the text is too short for the least squares, which then hold on to the weights as they were cut."""
     tokens, inputs = windows.tokens - len(windows.ids), count_inputs(job, plan)  # first tokens teach nothing
-    if not keeps_everything(job, plan) and job.recipe.repair == "lstsq" and short_of_tokens(tokens, inputs):
+    if job.recipe.repair == "lstsq" and not keeps_everything(job, plan) and short_of_tokens(tokens, inputs):
         console.warn(
             f"{tokens} tokens to refit projections that keep up to {inputs} inputs, and least squares needs "
             f"{TOKENS_PER_INPUT} for each ({TOKENS_PER_INPUT * inputs}): the ridge is raised up to "
@@ -219,9 +218,10 @@ def warn_tokens(job: Job, plan: Plan, windows: Windows, console: Console) -> Non
 
 def count_inputs(job: Job, plan: Plan) -> int:
     """Return the most inputs that a refitted projection keeps."""
-    layers = plan_shape(plan, job.spec.shape).layers
-    read = len(plan.hidden) if Rebuild(job.checkpoint, job.spec, job.spec, plan, job.recipe, {}).refits_inputs else 0
-    return max(read, *(max(layer.query, layer.ffn) for layer in layers))
+    shape = plan_shape(plan, job.spec.shape)
+    narrows = shape.hidden < job.spec.shape.hidden
+    reads = job.recipe.inputs == "lstsq" or (job.recipe.inputs == "auto" and narrows)
+    return max(shape.hidden if reads else 0, *(max(layer.query, layer.ffn) for layer in shape.layers))
 
 
 def keeps_everything(job: Job, plan: Plan) -> bool:

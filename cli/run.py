@@ -30,6 +30,7 @@ from cli.version import read_version
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter
 from compress.evaluate import Quality
+from compress.family import explain_not_stock
 from compress.pipeline import Result, Task, compress_checkpoint, describe_run, storage_dtype, write_plan
 from compress.plan import Plan
 from compress.recipe import Recipe, flag
@@ -88,6 +89,9 @@ def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
     console.show(render_plan(summary, plan))
     if choices:
         console.show(f"\n{choices}")
+    reason = explain_not_stock(new_config(job.spec, plan, job.recipe))
+    if reason and not explain_not_stock(job.spec.config):
+        console.note(f"The result will be for ONNX and Lightpress only: {reason}.")
     for sentence in plan.notes.get("overflow", []):
         console.warn(sentence[0].lower() + sentence[1:])
     if job.request.plan is None and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:

@@ -29,7 +29,7 @@ from compress.errors import UserError
 from compress.family import POST_NORMS
 from compress.importance.findings import Findings, LayerFindings
 from compress.importance.ratio import Counts, find_budget, find_costs, flap_counts, slim_counts, uniform_counts
-from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, describe_choice, grid, plan_shape, step_size
+from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, describe_choice, grid, keep_everything, plan_shape, step_size
 from compress.recipe import Recipe
 from compress.shapes import ModelShape
 from compress.spec import ModelSpec
@@ -80,6 +80,8 @@ def choose_plan(
     spec: ModelSpec, findings: Findings, recipe: Recipe, prices: Prices, scope: Scope | None = None
 ) -> Choice:
     """Return the plan of least predicted loss; raises UserError that names the bound when nothing fits."""
+    if recipe.ratio == "influence":
+        return Choice(influence_plan(spec, findings, recipe), 0.0)
     if recipe.ratio != "loss":
         return Choice(ratio_plan(spec, findings, recipe), 0.0)
     scope = scope or full_scope(spec, findings, recipe)
@@ -274,6 +276,20 @@ def split_loss(findings: Findings, prices: Prices, plan: Plan, width: int) -> di
         losses["kv"] += price(kv_price, layer.kv_damage(len(row.kv_groups)))
         losses["ffn"] += price(ffn_price, layer.ffn_damage(len(row.ffn)))
     return losses
+
+
+def influence_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
+    """Return the plan that drops layers of least block influence until the budget is met (ShortGPT, methods 8.2)."""
+    budget, full = int(recipe.keep * spec.shape.layer_parameters), keep_everything(spec.shape)
+    for count in range(len(findings.drop_order) + 1):
+        gone = findings.drop_order[:count]
+        plan = replace(full, layers=tuple(row for row in full.layers if row.layer not in gone))
+        if plan_shape(plan, spec.shape).layer_parameters <= budget:
+            return replace(plan, notes=describe_choice(spec, findings, plan, {}))
+    raise UserError(
+        f"--keep {recipe.keep:g} cannot be met by dropping layers: only {len(findings.drop_order)} of "
+        f"{len(spec.layers)} may go; keep more, or allow more --axes."
+    )
 
 
 def ratio_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:

@@ -44,7 +44,6 @@ from compress.trials import Bench, search_plan
 from compress.weights import Weights, fuse_parts, read_head, read_spec
 
 Progress = Callable[[str, int, int], None]
-END_ROLES = ("embed", "final_norm", "head")
 SAMPLE = (2, 64)  # windows and tokens whose logits prove the written model; a large vocabulary makes them big
 NEEDS = frozenset({ATTENTION, MLP, NORMS})
 NEED_SLOPES = ("taylor",)

@@ -128,6 +128,8 @@ def read_plan(path: Path, shape: ModelShape) -> Plan:
     # What was predicted for the plan as it was made does not hold for an edited one; what was seen does.
     notes = {key: data[key] for key in OBSERVED if key in data}
     check_absorption(notes.get("absorption", []), shape, f"{path}: absorption")
+    if notes.get("pinned_channels"):
+        check_indices(notes["pinned_channels"], shape.hidden, f"{path}: pinned_channels")
     return Plan(hidden, layers, notes)
 
 

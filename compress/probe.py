@@ -33,6 +33,10 @@ LEAST = 0.002  # nats: below this the loss a probe adds is noise of so few token
 NOTHING = 1e-9  # priced damage of units that do nothing: rounding, or the damping of the least squares
 
 
+Shares = Mapping[int, tuple[float, float]]
+NO_SHARES: Shares = {}
+
+
 @dataclass
 class Probe:
     """One cut model: its plan, its description and the stream of the probe windows."""
@@ -87,8 +91,11 @@ def replace_rows(plan: Plan, change: Callable[[LayerPlan], LayerPlan]) -> Plan:
     return replace(plan, layers=tuple(change(row) for row in plan.layers))
 
 
-def probe_damage(findings: Findings, plan: Plan, axis: str) -> float:
-    """Return what the price of an axis multiplies: its damage to the power 1.2, summed over layers."""
+def probe_damage(findings: Findings, plan: Plan, axis: str, layers: Shares = NO_SHARES) -> float:
+    """Return what the price of an axis multiplies: its damage to the power 1.2, summed over layers.
+
+    `layers` holds each layer's (attention, MLP) price relative to the axis's, 1 where absent.
+    """
     if axis == "hidden":
         return float(findings.hidden_damage(len(plan.hidden)) ** LOSS_EXPONENT)
     rows = {row.layer: row for row in plan.layers}
@@ -98,7 +105,10 @@ def probe_damage(findings: Findings, plan: Plan, axis: str) -> float:
         "kv": lambda layer: layer.kv_damage(len(rows[layer.index].kv_groups)),
         "ffn": lambda layer: layer.ffn_damage(len(rows[layer.index].ffn)),
     }
-    return float(sum(max(damages[axis](layer), 0.0) ** LOSS_EXPONENT for layer in findings.layers))
+    branch = ("kv", "ffn").index(axis)
+    shares = {layer.index: layers.get(layer.index, (1.0, 1.0))[branch] for layer in findings.layers}
+    priced = (shares[layer.index] * max(damages[axis](layer), 0.0) ** LOSS_EXPONENT for layer in findings.layers)
+    return float(sum(priced))
 
 
 def run_probes(checkpoint: Checkpoint, spec: ModelSpec, plans: Mapping[str, Plan], ids: Tensor) -> dict[str, float]:

@@ -9,7 +9,7 @@ from compress.errors import UserError
 
 AXES = ("ffn", "kv", "hidden", "layers")
 CHOICES = {
-    "ratio": ("loss", "equal", "softmax", "zscore"),
+    "ratio": ("loss", "equal", "softmax", "zscore", "influence"),
     "shapes": ("uniform", "per-layer"),
     "depth": ("clap", "drop"),
     "norms": ("none", "slnp", "calibrated"),
@@ -41,7 +41,8 @@ class Recipe:
     score: str = "obs"
     """How units are ranked: `obs` (greedy optimal brain surgeon) or another name of `compress.importance.SCORES`."""
     ratio: str = "loss"
-    """How the budget is shared among layers: `loss` (the optimiser), `equal`, `softmax` (SlimLLM), `zscore` (FLAP)."""
+    """How the budget is shared among layers: `loss` (the optimiser), `equal`, `softmax` (SlimLLM), `zscore` (FLAP), or
+    `influence` (ShortGPT: whole layers go, least block influence first)."""
     shapes: str = "uniform"
     """`uniform`: all layers alike, as stock runtimes want them; `per-layer`: each its own."""
     depth: str = "drop"
@@ -67,7 +68,8 @@ class Recipe:
     inputs: str = "auto"
     """Refit of q, k, v, gate and up: `lstsq`, `none`, or `auto` (`lstsq` where hidden channels went)."""
     refine: int = -1
-    """Steps of the block-wise joint solve of each layer's weights; -1 is automatic: small models only."""
+    """Steps of the block-wise joint solve of each layer's weights; -1 is automatic: small models with the default
+    repair and target only."""
     trials: int = -1
     """Plans rebuilt and measured before one is chosen; -1 is automatic: small models only."""
     windows: int = 128
@@ -75,7 +77,7 @@ class Recipe:
     length: int = 256
     """Tokens in a window; shorter when the model's context is."""
     score_tokens: int = 0
-    """Tokens of the first pass (scores); 0 is automatic: 1.5 times the FFN width, at least 4096. Repair uses all."""
+    """Tokens of the first pass (scores); 0: 1.5 times the FFN width, at least 4096, more on small models."""
     field: str = "text"
     """Field of a .jsonl or .parquet file that holds the text."""
     seed: int = 0
@@ -111,7 +113,11 @@ class Recipe:
                 "--target own compares with the unpruned branch on the same stream, which hidden pruning changes: "
                 "give --axes without hidden, or --target corrected."
             )
-        if self.ratio != "loss" and set(self.axes) != {"ffn", "kv"}:
+        if self.refine > 0 and (self.repair, self.target) != ("lstsq", "corrected"):
+            raise UserError("--refine fits layers to the dense stream: it needs --repair lstsq and --target corrected.")
+        if self.ratio == "influence" and self.axes != ("layers",):
+            raise UserError("--ratio influence drops whole layers only: give --axes layers with it.")
+        if self.ratio in ("equal", "softmax", "zscore") and set(self.axes) != {"ffn", "kv"}:
             raise UserError(f"--ratio {self.ratio} shares a budget among KV and FFN alone: give --axes ffn,kv with it.")
         if self.ratio in ("softmax", "zscore") and self.shapes == "uniform":
             raise UserError(f"--ratio {self.ratio} makes uneven layers: add --shapes per-layer, or use --ratio equal.")

@@ -7,7 +7,7 @@ without repair (probe.py) and the best prediction is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -20,10 +20,10 @@ from compress.checkpoint import Checkpoint
 from compress.choose import Choice, Prices, Scope, choose_plan, full_scope
 from compress.decoder import compute_logits
 from compress.errors import UserError
-from compress.gradients import sensitivities
+from compress.gradients import PIECE_VALUES, SAMPLED, BackwardOptions, sensitivities
 from compress.importance.findings import Findings
-from compress.plan import Plan
-from compress.probe import cut_spec, price_damage, probe_damage, probe_plans, weigh_axes
+from compress.plan import Plan, keep_everything
+from compress.probe import NO_SHARES, Shares, cut_spec, price_damage, probe_damage, probe_plans, weigh_axes
 from compress.recipe import Recipe
 from compress.settle import settle_plan
 from compress.spec import ModelSpec
@@ -78,13 +78,13 @@ def search_plan(bench: Bench, findings: Findings, progress: Progress) -> Plan:
         axis = {}
         if recipe.ratio == "loss" and len(recipe.axes) > 1:
             axis = weigh_axes(bench.checkpoint, spec, findings, bench.windows, recipe.axes)
-        prices = Prices(axis, price_layers(bench) if recipe.ratio == "loss" else {})
-        return settle(bench, findings, choose_plan(spec, findings, recipe, prices).plan)
-    prices = price_axes(bench, findings)
-    choices = list_choices(bench, findings, prices)
-    if recipe.shapes == "per-layer":
+        return settle(bench, findings, choose_plan(spec, findings, recipe, Prices(axis)).plan)
+    measured = price_axes(bench, findings)
+    choices = list_choices(bench, findings, make_prices(findings, measured))
+    layers = price_layers(bench) if trials > 1 else {}
+    if layers:
         # How sensitive layers are is itself an estimate: plans with and without it are measured against each other.
-        choices = join_choices(choices, list_choices(bench, findings, replace(prices, layers=price_layers(bench))))
+        choices = join_choices(choices, list_choices(bench, findings, make_prices(findings, measured, layers)))
     choices = choices[:trials]
     losses = []
     for place, choice in enumerate(choices):
@@ -112,16 +112,29 @@ def outline_plan(plan: Plan) -> dict[str, object]:
     }
 
 
-def price_axes(bench: Bench, findings: Findings) -> Prices:
-    """Return what damage costs on each axis, from one repaired cut per axis measured end to end."""
-    prices, cut = {}, 1 - bench.recipe.keep
+def price_axes(bench: Bench, findings: Findings) -> dict[str, tuple[float, Plan]]:
+    """Return for each axis the loss of one repaired cut, measured end to end, and its plan.
+
+    Absorbed norms cost something with nothing cut at all; that is no axis's fault.
+    """
+    recipe, cut = bench.recipe, 1 - bench.recipe.keep
+    base = 0.0
+    if recipe.absorb != "none":
+        base = measure_plan(bench, settle(bench, findings, keep_everything(bench.spec.shape)))
     cuts = {"ffn": cut, "kv": cut, "hidden": cut / 2, "layers": cut / 2}
-    for axis, plan in probe_plans(bench.spec, findings, cuts).items():
-        if axis not in bench.recipe.axes:
-            continue
-        added = measure_plan(bench, settle(bench, findings, plan))
-        prices[axis] = price_damage(added, probe_damage(findings, plan, axis))
-    return Prices(prices)
+    plans = {axis: plan for axis, plan in probe_plans(bench.spec, findings, cuts).items() if axis in recipe.axes}
+    return {
+        axis: (measure_plan(bench, settle(bench, findings, plan)) - base, plan) for axis, plan in plans.items()
+    }
+
+
+def make_prices(findings: Findings, measured: Mapping[str, tuple[float, Plan]], layers: Shares = NO_SHARES) -> Prices:
+    """Return the prices at which every probe costs what it was measured to cost, given the layers' shares."""
+    axis = {
+        name: price_damage(added, probe_damage(findings, plan, name, layers))
+        for name, (added, plan) in measured.items()
+    }
+    return Prices(axis, layers)
 
 
 def price_layers(bench: Bench) -> dict[int, tuple[float, float]]:
@@ -132,7 +145,12 @@ def price_layers(bench: Bench) -> dict[int, tuple[float, float]]:
     if bench.recipe.shapes != "per-layer":
         return {}
     count = max(1, min(SENSED, SENSED_WORK // bench.spec.shape.parameters) // bench.windows.ids.shape[1])
-    found = sensitivities(bench.checkpoint, bench.spec, bench.windows.take(count))
+    recipe = bench.recipe
+    options = BackwardOptions(SAMPLED, seed=recipe.seed, spill_bytes=recipe.spill_bytes)
+    try:
+        found = sensitivities(bench.checkpoint, bench.spec, bench.windows.take(count), options)
+    except UserError:  # windows too short to hold an ordinary token: the plan does without this refinement
+        return {}
     attention = max(sum(each.attention for each in found) / len(found), 1e-12)
     mlp = max(sum(each.mlp for each in found) / len(found), 1e-12)
     return {each.layer: (each.attention / attention, each.mlp / mlp) for each in found}
@@ -207,13 +225,14 @@ def measure_plan(bench: Bench, plan: Plan) -> float:
         final = finish_norm(job, streams).to(torch.float32)
         ends = {"final_norm": final, "head": read_new_head(job)}
         dense = read_head(bench.checkpoint, bench.spec, torch.float32)
-        total, count = 0.0, 0
+        total, piece = 0.0, max(1, PIECE_VALUES // new.shape.vocab)  # logits of a long window would be the peak
         for place in range(len(windows.ids) - measured, len(windows.ids)):
-            wanted = compute_logits(bench.spec, dense, streams.dense.read(place, place + 1)[0]).log_softmax(-1)
-            found = compute_logits(new, ends, streams.pruned.read(place, place + 1)[0]).log_softmax(-1)
-            total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
-            count += len(found)
-    return total / count
+            pair = (streams.dense.read(place, place + 1)[0], streams.pruned.read(place, place + 1)[0])
+            for one, other in zip(*(torch.split(stream, piece) for stream in pair), strict=True):
+                wanted = compute_logits(bench.spec, dense, one).log_softmax(-1)
+                found = compute_logits(new, ends, other).log_softmax(-1)
+                total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
+    return total / (measured * windows.ids.shape[1])
 
 
 def pick_windows(windows: Windows) -> tuple[Windows, int]:

@@ -373,8 +373,13 @@ def test_depth_competes_with_width() -> None:
 # Stated ratios
 
 
+def state_ratio(ratio: str, keep: float, score: str = "obs") -> Recipe:
+    shapes = "uniform" if ratio == "equal" else "per-layer"
+    return Recipe(keep=keep, axes=("ffn", "kv"), ratio=ratio, multiple=4, score=score, shapes=shapes)
+
+
 def rate(spec: ModelSpec, findings: Findings, ratio: str, keep: float, score: str = "obs") -> Plan:
-    return ratio_plan(spec, findings, Recipe(keep=keep, axes=("ffn", "kv"), ratio=ratio, multiple=4, score=score))
+    return ratio_plan(spec, findings, state_ratio(ratio, keep, score))
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.75, 0.95])
@@ -393,7 +398,7 @@ def test_ratios_stay_within_the_budget(ratio: str, keep: float) -> None:
     assert shape.uniform == (ratio == "equal")
     assert plan.notes["kept_fraction"] == shape.layer_parameters / spec.shape.layer_parameters
     choice = choose_plan(
-        spec, findings, Recipe(keep=keep, axes=("ffn", "kv"), ratio=ratio, multiple=4), Prices({"ffn": 9.0})
+        spec, findings, state_ratio(ratio, keep), Prices({"ffn": 9.0})
     )
     assert choice == Choice(plan, 0.0)  # prices do not matter
     for row in plan.layers:
@@ -526,3 +531,16 @@ def test_random_findings_never_break_the_budget() -> None:
             choice = choose_plan(spec, mixed, replace(recipe, shapes=shapes), prices)
             assert plan_shape(choice.plan, spec.shape).layer_parameters <= budget_of(spec, recipe)
             assert 2 in choice.plan.hidden
+
+
+def test_layers_of_least_influence_go_first() -> None:
+    spec = make_spec("llama", num_hidden_layers=8)
+    findings = make_findings(spec)
+    plan = choose_plan(spec, findings, Recipe(keep=0.7, axes=("layers",), ratio="influence"), Prices({})).plan
+    gone = sorted(set(range(8)) - set(plan.kept_layers))
+    assert gone == sorted(findings.drop_order[: len(gone)])
+    shape = plan_shape(plan, spec.shape)
+    assert shape.layer_parameters <= 0.7 * spec.shape.layer_parameters < shape.layer_parameters * 8 / len(shape.layers)
+    few = replace(findings, drop_order=findings.drop_order[:1])
+    half = Recipe(keep=0.5, axes=("layers",), ratio="influence")
+    refused(lambda: choose_plan(spec, few, half, Prices({})), "only 1 of 8")

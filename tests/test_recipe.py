@@ -23,6 +23,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("target", "own"): {"axes": ("ffn", "kv", "layers")},
     ("ratio", "equal"): {"axes": ("ffn", "kv")},
     ("ratio", "softmax"): {"axes": ("ffn", "kv"), "shapes": "per-layer"},
+    ("ratio", "influence"): {"axes": ("layers",)},
     ("ratio", "zscore"): {"axes": ("ffn", "kv"), "shapes": "per-layer"},
 }
 

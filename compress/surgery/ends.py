@@ -50,7 +50,7 @@ def storage_types(checkpoint: Checkpoint, spec: ModelSpec, new: ModelSpec | None
 def finish_norm(job: Rebuild, streams: Streams) -> Tensor:
     """Return the final norm in its storage type, fitted to the last stream when the recipe calibrates norms."""
     final = cut_ends(job, ("final_norm",))["final_norm"]
-    if job.recipe.norms != "calibrated" or job.recipe.repair == "none":
+    if job.recipe.norms != "calibrated":
         return final
     dense = read_head(job.checkpoint, job.old, torch.float32)
     new = {"final_norm": final.to(torch.float32), "head": read_new_head(job)}

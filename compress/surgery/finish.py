@@ -18,6 +18,7 @@ from compress.stats import ordinary_tokens
 from compress.surgery.job import Rebuild, Streams
 
 MOST_TOKENS, LEAST_TOKENS = 8192, 256
+VALUES = 2**23  # logits that exist at once, about five times over: 160 MiB
 # Multiply-adds that one evaluation may take, and that all may: with a large vocabulary the fit would else cost more
 # than a layer does. Smaller models get all tokens and steps.
 WORK, ALL_WORK = 2**33, 2**36
@@ -33,8 +34,9 @@ def fit_final_norm(
 
     The ends are `final_norm` and `head`, float32, of the dense and of the new model.
     """
-    work = job.new.shape.vocab * job.new.shape.hidden
-    dense, pruned = sample_tokens(job, streams, max(LEAST_TOKENS, min(MOST_TOKENS, WORK // work)))
+    vocab = job.new.shape.vocab
+    most = min(MOST_TOKENS, WORK // (vocab * job.new.shape.hidden), VALUES // vocab)
+    dense, pruned = sample_tokens(job, streams, max(LEAST_TOKENS, most))
     wanted = compute_logits(job.old, old_ends, dense).log_softmax(-1)
     gain = new_ends["final_norm"] + job.new.norm_offset
     factor = fit_factor(job.new, pruned, wanted, gain, new_ends["head"])

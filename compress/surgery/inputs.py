@@ -20,6 +20,7 @@ from compress.surgery.job import Half, Rebuild, Streams, Weights
 
 # Tokens of the least squares, for each input and at least: more would take time and change little (see RESULTS.md).
 TOKENS_PER_INPUT, TOKENS_TIMES_INPUTS = 4, 2**22
+STRIDE = 4
 # A cut layer, and its reference: the rows that it keeps, over all hidden channels.
 Pair = tuple[Weights, Weights]
 
@@ -78,7 +79,9 @@ def gather_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Mom
 def normed_tokens(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ordinary tokens `[tokens, hidden]` of what the half reads: the dense model's, the pruned model's."""
     cut, reference = pair
-    for start, stop in streams.spans():
+    spans = list(streams.spans())
+    # In strides, so that whoever stops early has seen all parts of the text.
+    for start, stop in (span for first in range(STRIDE) for span in spans[first::STRIDE]):
         x = streams.dense.read(start, stop)
         mask = ordinary_tokens(x)[0] & streams.counted[start:stop, None]
         wanted = apply_norm(job.old, reference, half.reads, x[mask])

@@ -103,7 +103,7 @@ class Rebuild:
 
     @property
     def refine_steps(self) -> int:
-        """Steps of the block-wise solve; without a repair there is none."""
+        """Steps of the block-wise solve; the automatic number is none for other repairs and targets than ours."""
         if self.recipe.refine >= 0:
             return self.recipe.refine
         wanted = self.recipe.repair == "lstsq" and self.recipe.target == "corrected"
