@@ -1,6 +1,6 @@
 """Methods against each other: one table for a checkpoint, the same calibration text and budget for all, no training.
 
-    python benchmarks/quality.py stories|demo|books [--keep 0.9,0.8,0.7,0.5] [--methods NAME,...] [--books FOLDER]
+    python benchmarks/quality.py stories|demo|books [--keep 0.9,0.8,0.7,0.5] [--methods 'NAME;...'] [--books FOLDER]
     python benchmarks/quality.py stories --ablations
     python benchmarks/quality.py stories --protocol        (the foundation's two targets, FFN and KV only)
 
@@ -52,6 +52,8 @@ BASELINES = {
     "llm-pruner": replace(PLAIN, score="taylor"),
     "flap": replace(UNEVEN, score="flap", ratio="zscore", repair="bias", target="dense"),
     "slimllm": replace(UNEVEN, score="slimllm", ratio="softmax", repair="diagonal", target="own"),
+    # Behind a post-norm a bias has no place: models that have them are absorbed first.
+    "flap, absorbed": replace(UNEVEN, score="flap", ratio="zscore", repair="bias", target="dense", absorb="all"),
     # The same with every layer cut alike: on small models the papers' layer ratios can do harm.
     "flap, equal": replace(PLAIN, score="flap", repair="bias", target="dense", biases="own"),
     "slimllm, equal": replace(PLAIN, score="slimllm", repair="diagonal", target="own", biases="own"),
@@ -106,7 +108,8 @@ def open_case(name: str, books: Path) -> Case:
     folders = {"stories": SHARED / "checkpoints/stories260K", "demo": ROOT / "compress/demo/checkpoint", "books": books}
     folder = folders[name]
     if not folder.is_dir():
-        sys.exit(f"skipped: {folder} is not here")
+        print(f"skipped: {folder} is not here")
+        sys.exit(0)
     checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(folder)
     ids = [i for part in read_parts(name) for i in tokenizer.encode(part, add_special_tokens=name == "demo").ids]
@@ -235,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="?", default="stories", choices=["stories", "demo", "books"])
     parser.add_argument("--keep", default="0.9,0.8,0.7,0.5")
-    parser.add_argument("--methods", help="names of the table, comma-separated; all without it")
+    parser.add_argument("--methods", help="names of the table, separated by semicolons; all without it")
     parser.add_argument("--books", type=Path, default=Path("/tmp/books"), help="checkpoint of train_books.py")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--protocol", action="store_true")

@@ -25,8 +25,8 @@ HELP: Mapping[str, Mapping[str, str]] = {
         "width, whole layers.",
         "multiple": "Kept channels are a multiple of this; 0: 16, or the power of two that the dense size has.",
         "shapes": "uniform: all layers alike, as stock runtimes want them; per-layer: each its own, for ONNX.",
-        "ratio": "How layers share the budget: loss (least predicted loss), equal, softmax (SlimLLM) or zscore (FLAP); "
-        "all but loss need --axes ffn,kv, and the last two --shapes per-layer.",
+        "ratio": "How layers share the budget: loss (least predicted loss); with --axes ffn,kv equal, or with --shapes "
+        "per-layer too softmax (SlimLLM) or zscore (FLAP); with --axes layers influence (ShortGPT).",
         "trials": "Plans that are rebuilt and measured before one is chosen; -1: several on small models, else 0.",
     },
     SCORES: {

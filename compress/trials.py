@@ -43,6 +43,10 @@ SENSED, SENSED_WORK = 4096, 2**37
 Progress = Callable[[str, int, int], None]
 
 
+def ignore(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where plans are tried: the dense model, the text, and the recipe."""
@@ -79,7 +83,7 @@ def search_plan(bench: Bench, findings: Findings, progress: Progress) -> Plan:
         if recipe.ratio == "loss" and len(recipe.axes) > 1:
             axis = weigh_axes(bench.checkpoint, spec, findings, bench.windows, recipe.axes)
         return settle(bench, findings, choose_plan(spec, findings, recipe, Prices(axis)).plan)
-    measured = price_axes(bench, findings)
+    measured = price_axes(bench, findings, progress)
     choices = list_choices(bench, findings, make_prices(findings, measured))
     layers = price_layers(bench) if trials > 1 else {}
     if layers:
@@ -112,7 +116,7 @@ def outline_plan(plan: Plan) -> dict[str, object]:
     }
 
 
-def price_axes(bench: Bench, findings: Findings) -> dict[str, tuple[float, Plan]]:
+def price_axes(bench: Bench, findings: Findings, progress: Progress = ignore) -> dict[str, tuple[float, Plan]]:
     """Return for each axis the loss of one repaired cut, measured end to end, and its plan.
 
     Absorbed norms cost something with nothing cut at all; that is no axis's fault.
@@ -123,9 +127,12 @@ def price_axes(bench: Bench, findings: Findings) -> dict[str, tuple[float, Plan]
         base = measure_plan(bench, settle(bench, findings, keep_everything(bench.spec.shape)))
     cuts = {"ffn": cut, "kv": cut, "hidden": cut / 2, "layers": cut / 2}
     plans = {axis: plan for axis, plan in probe_plans(bench.spec, findings, cuts).items() if axis in recipe.axes}
-    return {
-        axis: (measure_plan(bench, settle(bench, findings, plan)) - base, plan) for axis, plan in plans.items()
-    }
+    measured = {}
+    for place, (axis, plan) in enumerate(plans.items()):
+        progress("price axes", place, len(plans))
+        measured[axis] = (measure_plan(bench, settle(bench, findings, plan)) - base, plan)
+    progress("price axes", len(plans), len(plans))
+    return measured
 
 
 def make_prices(findings: Findings, measured: Mapping[str, tuple[float, Plan]], layers: Shares = NO_SHARES) -> Prices:

@@ -524,10 +524,10 @@ GIVEN = [
     {
         "keep": 0.6, "axes": "ffn,kv", "multiple": 4, "score": "flap", "ratio": "zscore", "shapes": "per-layer",
         "depth": "clap", "norms": "slnp", "absorb": "safe", "absorb_limit": 0.3, "absorb_constant": "mean-inverse",
-        "rotate": "pca", "repair": "diagonal", "biases": "own", "target": "dense", "refine": 7, "windows": 5,
-        "length": 12, "score_tokens": 48, "field": "story", "seed": 4, "shard_bytes": 999, "spill_bytes": 888,
+        "rotate": "pca", "repair": "diagonal", "biases": "own", "target": "dense", "windows": 5, "length": 12,
+        "score_tokens": 48, "field": "story", "seed": 4, "shard_bytes": 999, "spill_bytes": 888,
     },
-    {"trials": 3, "inputs": "lstsq"},
+    {"trials": 3, "inputs": "lstsq", "refine": 7},
 ]  # fmt: skip
 
 

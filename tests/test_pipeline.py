@@ -59,6 +59,11 @@ def write_result(task: Task, plan: Plan, out: Path) -> Result:
     return result
 
 
+def write_plain(task: Task, plan: Plan, out: Path) -> Result:
+    """Cut only, for comparison."""
+    return write_result(replace(task, recipe=replace(task.recipe, repair="none", **PURE)), plan, out)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
@@ -175,8 +180,7 @@ def test_a_compressed_folder_is_what_the_run_saw(case: str, tmp_path: Path) -> N
     assert_sample_matches(result, tmp_path / "out")
     assert_opens_in_transformers(tmp_path / "out")
     # Repaired against unrepaired, on the tokens of the repair.
-    plain = replace(task, recipe=replace(task.recipe, repair="none"))
-    assert_sample_matches(write_result(plain, plan, tmp_path / "plain"), tmp_path / "plain")
+    assert_sample_matches(write_plain(task, plan, tmp_path / "plain"), tmp_path / "plain")
     repaired, cut = (stream_error(tmp_path / name, task, plan) for name in ("out", "plain"))
     assert repaired < 0.9 * cut
 
@@ -198,7 +202,7 @@ def test_repair_helps_on_every_axis_at_once(case: str, tmp_path: Path) -> None:
     result = write_result(task, plan, tmp_path / "out")
     assert_sample_matches(result, tmp_path / "out")
     assert_opens_in_transformers(tmp_path / "out")
-    write_result(replace(task, recipe=replace(task.recipe, repair="none")), plan, tmp_path / "plain")
+    write_plain(task, plan, tmp_path / "plain")
     repaired, cut = (stream_error(tmp_path / name, task, plan) for name in ("out", "plain"))
     assert repaired < 0.75 * cut
     assert repaired < 0.9
@@ -257,7 +261,7 @@ def test_a_head_size_that_config_left_out_is_written_when_it_no_longer_follows(c
     folder = make_checkpoint(tmp_path / "dense", case)
     config = {key: value for key, value in read_config(folder).items() if key != "head_dim"}
     (folder / "config.json").write_text(json.dumps(config))
-    task = open_task(folder, repair="none")
+    task = open_task(folder, repair="none", **PURE)
     everything = keep_everything(task.spec.shape)
     fewer = replace(everything, layers=tuple(replace(layer, kv_groups=(0, 2)) for layer in everything.layers))
     for place, plan in enumerate((fewer, replace(everything, hidden=tuple(range(36))), HALF)):
@@ -267,15 +271,13 @@ def test_a_head_size_that_config_left_out_is_written_when_it_no_longer_follows(c
         assert_opens_in_transformers(tmp_path / f"out{place}")
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [("llama-tied", torch.float32), ("gemma2", torch.bfloat16), ("phi3", torch.float16)], ids=str
-)
+@pytest.mark.parametrize(("case", "dtype"), [("llama-tied", torch.float32), ("gemma2", torch.bfloat16)], ids=str)
 def test_refined_layers_of_a_tried_plan_are_what_is_written(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """As the default is for small models, with fewer steps and trials; all channels stay, so that errors compare."""
-    task = make_task(tmp_path, case, dtype, refine=8, trials=3, axes=("ffn", "kv"), keep=0.8)
+    task = make_task(tmp_path, case, dtype, refine=6, trials=2, axes=("ffn", "kv"), keep=0.8)
     plan = plan_checkpoint(task)
     tried = [trial["loss"] for trial in plan.notes["tried"]]
-    assert 1 <= len(tried) <= 3
+    assert 1 <= len(tried) <= 2
     assert plan.notes["measured_loss"] == min(tried)
     result = write_result(task, plan, tmp_path / "out")
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
@@ -301,7 +303,7 @@ def test_dropped_layers_are_made_up_for(case: str, kept: tuple[int, ...], tmp_pa
     plan = drop_layers(task, kept)
     result = write_result(task, plan, tmp_path / "out")
     assert_sample_matches(result, tmp_path / "out")
-    write_result(replace(task, recipe=replace(task.recipe, repair="none")), plan, tmp_path / "plain")
+    write_plain(task, plan, tmp_path / "plain")
     repaired, cut = (stream_error(tmp_path / name, task, plan) for name in ("out", "plain"))
     assert repaired < 0.8 * cut
 
@@ -326,7 +328,7 @@ PATTERNED = [
 @pytest.mark.parametrize("case", PATTERNED)
 def test_facts_by_layer_move_with_their_layers(case: str, kept: tuple[int, ...], tmp_path: Path) -> None:
     """Windows, rotary bases and layers without rotation: rules by index would shift when layers go."""
-    task = make_task(tmp_path, case, repair="none")
+    task = make_task(tmp_path, case, repair="none", **PURE)
     write_result(task, drop_layers(task, kept), tmp_path / "out")
     spec = read_spec(open_checkpoint(tmp_path / "out"))
     assert [x.window for x in spec.layers] == [task.spec.layers[i].window for i in kept]
@@ -336,7 +338,7 @@ def test_facts_by_layer_move_with_their_layers(case: str, kept: tuple[int, ...],
 
 
 def test_a_dropped_layer_is_gone_and_the_others_untouched(tmp_path: Path) -> None:
-    task = make_task(tmp_path, "qwen3", repair="none")
+    task = make_task(tmp_path, "qwen3", repair="none", **PURE)
     write_result(task, drop_layers(task, (0, 2, 3)), tmp_path / "out")
     dense = load_file(task.checkpoint.folder / "model.safetensors")
     written = load_file(tmp_path / "out" / "model.safetensors")

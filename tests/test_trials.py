@@ -114,7 +114,7 @@ def test_the_plan_that_measures_best_is_taken(shapes: str, load: Any) -> None:
 def test_not_the_prediction_but_the_measurement_decides(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, findings = load("llama")
     choices = list_choices(bench, findings, Prices({}))
-    monkeypatch.setattr(compress.trials, "price_axes", lambda bench, findings: {})
+    monkeypatch.setattr(compress.trials, "price_axes", lambda bench, findings, progress: {})
     for winner in range(3):
         losses = iter([0.0 if place == winner else 1.0 + place for place in range(3)])
         monkeypatch.setattr(compress.trials, "measure_plan", lambda bench, plan, losses=losses: next(losses))
