@@ -46,8 +46,6 @@ class LayerStats:
     mlp: Moments
     norms: dict[str, ChannelSums]
     block: BlockSums = field(default_factory=BlockSums)
-    attention_block: BlockSums = field(default_factory=BlockSums)
-    mlp_block: BlockSums = field(default_factory=BlockSums)
     sinks: int = 0
     massive: set[int] = field(default_factory=set)
     attention_reads: ChannelSums = field(default_factory=lambda: ChannelSums.empty(0))
@@ -123,8 +121,6 @@ def observe_layer(spec: ModelSpec, stats: LayerStats, x: Tensor, frame: Frame, n
     stats.attention_reads.update(apply_norm(spec, weights, "attn_in", x[mask]))
     stats.mlp_reads.update(apply_norm(spec, weights, "mlp_in", middle[mask]))
     add_post_norms(stats, (x, middle, after), mask)
-    stats.attention_block.update(x[mask], middle[mask])
-    stats.mlp_block.update(middle[mask], after[mask])
     stats.block.update(x[mask], after[mask])
     return after
 

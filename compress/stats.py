@@ -59,14 +59,12 @@ class Moments:
 
 
 def add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
-    """Add rows^T rows to `gram` in place, computing only the upper blocks and mirroring them."""
+    """Add rows^T rows to `gram` in place, computing only the upper blocks; the rest is copied from them."""
     size = rows.shape[1]
     for start in range(0, size, block):
         stop = min(start + block, size)
-        product = rows[:, start:stop].T @ rows[:, start:]
-        gram[start:stop, start:] += product
-        if stop < size:
-            gram[stop:, start:stop] += product[:, stop - start :].T
+        gram[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
 @dataclass

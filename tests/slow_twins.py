@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.decoder import attention_branch, attention_context, make_frame, mlp_activation, mlp_branch
+from compress.spec import ModelSpec
+from compress.weights import Weights
+
 
 def stack_ridge(x: Tensor, wanted: Tensor, start: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """Append one row per input that pulls the solution towards `start` `[out, n]` with weight `level`."""
@@ -208,3 +212,11 @@ def fill_best(scores: list[list[list[float]]], costs: list[tuple[int, int]], bud
         counts[key[0]][key[1]] += 1
         left -= cost
     return counts
+
+
+def branch_energies(spec: ModelSpec, weights: Weights, index: int, x: Tensor) -> list[float]:
+    """Sum of squares that attention and MLP of a layer add to the stream `x`, without each window's first token."""
+    context, _ = attention_context(spec, spec.layers[index], weights, x, make_frame(spec, *x.shape[:2]))
+    attention = attention_branch(spec, weights, context)
+    mlp = mlp_branch(spec, weights, mlp_activation(spec, weights, x + attention))
+    return [float(branch[:, 1:].double().pow(2).sum()) for branch in (attention, mlp)]

@@ -14,8 +14,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from compress.solve import invert_gram, ridge_level
+from compress.solve import damp_gram, invert_gram, ridge_level
 from compress.stats import Moments
+
+QUICK_INPUTS = 1024  # inputs from which greedy selection works in float32
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
     Few units go one at a time (exact greedy); from 128 on they go in batches of 1/64, whose members are chosen
     without regard to each other, while their joint error and the refit of the rest are exact.
     """
-    state = Elimination(invert_gram(moments.gram), weight.double().T.clone(), size)
+    inverse = invert_quickly(moments.gram)
+    state = Elimination(inverse, weight.T.to(inverse.dtype, copy=True), size)
     batch = max(1, len(state.units) // 64)
     order: list[int] = []
     steps = [0.0]
@@ -114,6 +117,22 @@ def rank_by_obs(moments: Moments, weight: Tensor, size: int) -> Ranking:
     damage = sum_steps(moments, weight, steps)
     added = dict(zip(order, (after - before for before, after in pairwise(damage)), strict=True))
     return Ranking(tuple(order), damage, tuple(added[unit] for unit in range(len(order))))
+
+
+def invert_quickly(gram: Tensor) -> Tensor:
+    """Return the inverse of the damped Gram matrix: in float32 where that halves the time of a large selection.
+
+    The damping bounds the condition; on spectra from flat to 1/i^2 with 2816 inputs, curves agree to 1e-5. A matrix
+    that float32 cannot factor is inverted in float64.
+    """
+    if len(gram) < QUICK_INPUTS:
+        return invert_gram(gram)
+    damped = damp_gram(gram)
+    level = damped.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex((damped / level).to(torch.float32))
+    if failed or not torch.isfinite(factor).all():
+        return invert_gram(gram)
+    return torch.cholesky_inverse(factor).div_(level)
 
 
 def sum_steps(moments: Moments, weight: Tensor, steps: list[float]) -> tuple[float, ...]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from compress.decoder import compute_logits
@@ -62,19 +65,18 @@ def sample_tokens(job: Rebuild, streams: Streams, count: int) -> tuple[Tensor, T
 
 def fit_factor(spec: ModelSpec, stream: Tensor, wanted: Tensor, gain: Tensor, head: Tensor) -> Tensor:
     """Return the factor on `gain` `[hidden]` of least divergence from log-probabilities `wanted` `[tokens, vocab]`."""
-    with torch.enable_grad():
-        factor = torch.ones_like(gain, requires_grad=True)
-        steps = max(LEAST_STEPS, min(MOST_STEPS, ALL_WORK // (len(stream) * head.numel())))
-        optimizer = torch.optim.LBFGS([factor], max_iter=steps, max_eval=steps, line_search_fn="strong_wolfe")
+    steps = max(LEAST_STEPS, min(MOST_STEPS, ALL_WORK // (len(stream) * head.numel())))
 
-        def divergence() -> Tensor:
-            optimizer.zero_grad()
+    def divergence(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        factor = torch.tensor(values, dtype=gain.dtype, requires_grad=True)
+        with torch.enable_grad():
             ends = {"final_norm": gain * factor - spec.norm_offset, "head": head}
             found = compute_logits(spec, ends, stream).log_softmax(-1)
             loss = F.kl_div(found, wanted, reduction="sum", log_target=True)
             loss = (loss + PULL * (factor - factor.mean()).pow(2).sum()) / len(stream)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+            (slope,) = torch.autograd.grad(loss, factor)
+        return float(loss), slope.double().numpy()
 
-        optimizer.step(divergence)  # type: ignore[no-untyped-call]
-    return factor.detach()
+    # Not torch.optim: building any of its optimizers imports the compiler, which takes seconds and 70 MiB.
+    found = minimize(divergence, np.ones(len(gain)), jac=True, method="L-BFGS-B", options={"maxfun": steps})
+    return torch.tensor(found.x, dtype=gain.dtype)

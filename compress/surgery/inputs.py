@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.decoder import apply_norm
-from compress.solve import solve_projection
+from compress.solve import RIDGE, invert_gram, raise_ridge, ridge_level
 from compress.stats import Moments, ordinary_tokens
 from compress.surgery.job import Half, Rebuild, Streams, Weights
 
@@ -23,6 +23,7 @@ TOKENS_PER_INPUT, TOKENS_TIMES_INPUTS = 4, 2**22
 STRIDE = 4
 # A cut layer, and its reference: the rows that it keeps, over all hidden channels.
 Pair = tuple[Weights, Weights]
+Maps = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -53,8 +54,9 @@ def fit_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> None:
         cut[half.reads] = job.round_to(half.reads, gain - job.new.norm_offset)
     if refits:
         moments = gather_inputs(job, streams, half, pair)
+        maps: dict[bool, Maps] = {}
         for role in half.readers:
-            refit_reader(job, role, pair, moments)
+            refit_reader(job, role, pair, moments, maps)
 
 
 def gather_scale(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> ScaleSums:
@@ -88,17 +90,37 @@ def normed_tokens(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Ite
         yield wanted, apply_norm(job.new, cut, half.reads, streams.pruned.read(start, stop)[mask])
 
 
-def refit_reader(job: Rebuild, role: str, pair: Pair, moments: Moments) -> None:
-    """Replace one projection (and its bias) by the fit to what the dense model's rows gave on the dense stream."""
+def refit_reader(job: Rebuild, role: str, pair: Pair, moments: Moments, maps: dict[bool, Maps]) -> None:
+    """Replace one projection (and its bias) by the fit to what the dense model's rows gave on the dense stream.
+
+    `maps` keeps what all readers of a stream share: the solves with and without a free bias.
+    """
     cut, reference = pair
-    rows, bias_role = reference[role].double(), f"{role}_bias"
+    rows, bias_role = reference[role], f"{role}_bias"
     bias = cut.get(bias_role)
-    shift = reference[bias_role].double() if bias is not None and bias_role in reference else torch.zeros(len(rows))
-    target = Moments(
-        moments.gram, moments.total, moments.cross @ rows.T + torch.outer(moments.total, shift.double()),
-        rows @ moments.target_total + moments.count * shift.double(), 0.0, moments.count,
-    )  # fmt: skip
-    weight, free = solve_projection(target, cut[role], bias)
+    centered = bias is not None
+    if centered not in maps:
+        maps[centered] = solve_maps(moments, centered)
+    carry, hold = maps[centered]
+    weight = rows @ carry + cut[role] @ hold
     cut[role] = job.round_to(role, weight)
-    if free is not None:
-        cut[bias_role] = job.round_to(bias_role, free)
+    if bias is not None:
+        shift = rows.double() @ moments.target_total - weight.double() @ moments.total
+        wanted = reference[bias_role] if bias_role in reference else torch.zeros_like(bias)
+        cut[bias_role] = job.round_to(bias_role, (wanted + shift / moments.count).to(bias.dtype))
+
+
+def solve_maps(moments: Moments, centered: bool) -> Maps:
+    """Return C^T S `[old, new]` and lam S `[new, new]`, with S = (G + lam I)^-1 and C the products with the targets.
+
+    The ridge solution for a projection W, held to its cut, is then W C^T S + lam W_cut S: one factorisation serves
+    all readers. `centered` moments leave the mean to a free bias.
+    """
+    gram, cross = moments.gram, moments.cross
+    if centered:
+        mean, target = moments.total / moments.count, moments.target_total / moments.count
+        gram = gram - moments.count * torch.outer(mean, mean)
+        cross = cross - moments.count * torch.outer(mean, target)
+    ridge = raise_ridge(RIDGE, moments.count, len(gram))
+    inverse = invert_gram(gram, ridge)
+    return (inverse @ cross).T.to(torch.float32), (ridge_level(gram, ridge) * inverse).to(torch.float32)
