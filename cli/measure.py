@@ -30,9 +30,10 @@ Model = tuple[Checkpoint, ModelSpec]
 
 
 def limit_threads(threads: int | None) -> None:
-    """Give torch that many threads, if a number was asked for."""
+    """Give torch that many threads, if a number was asked for; no verb needs gradients but where it says so."""
     import torch
 
+    torch.set_grad_enabled(False)
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -7,10 +7,11 @@
 That costs three forward passes (forward, once more, gradients by the streams), and a fourth for gradients by the
 weights. The loss is the SUM over all tokens that have a successor: a token's gradient does not shrink with the text.
 
-What the gradients are for: first-order scores of units (LLM-Pruner), and the Fisher matrix of the stream, which turns
-an error in the stream into loss at the end. With labels drawn from the model's own predictions the gradients g of
+What the gradients are for: first-order scores of units (LLM-Pruner), and the Fisher information of the stream, which
+turns an error in the stream into loss at the end. With labels drawn from the model's own predictions the gradients g of
 single tokens have mean zero, E[g g^T] is the Fisher matrix, and an error e of the stream costs KL(dense || damaged)
-~ 1/2 E[(g . e)^2], summed over tokens whose errors are independent of each other (second order; our derivation).
+~ 1/2 E[(g . e)^2], summed over tokens whose errors are independent of each other (second order; our derivation). Of an
+isotropic e over d channels that is 1/2 E|g|^2 E|e|^2 / d: the trace of the matrix is enough.
 """
 
 from __future__ import annotations
@@ -36,13 +37,11 @@ from compress.decoder import (
 from compress.errors import UserError
 from compress.hidden import HiddenStore, batches, release_memory
 from compress.spec import ModelSpec, role_axes
-from compress.stats import Moments, ordinary_tokens
+from compress.stats import ordinary_tokens
 from compress.text import Windows
 from compress.weights import Weights, read_head, read_layer
 
 TEXT, SAMPLED = "text", "sampled"
-ELEMENT, VECTOR = "element", "vector"
-ATTENTION, MLP = "attention", "mlp"
 TOKENS = 1024  # tokens whose graph through one layer exists at once; at least one window
 # Tokens whose logits exist at once, and fewer where the vocabulary is large: 2^24 values are 64 MiB.
 PIECE_TOKENS, PIECE_VALUES = 512, 2**24
@@ -68,16 +67,14 @@ class BackwardOptions:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Float32 gradients of the summed loss around one layer, with the layer's input and weights.
+    """Float32 gradients of the summed loss around one layer, with the layer's weights.
 
     `before`, `middle`, `after`: by the stream before the layer, after its attention branch, after its MLP branch, each
-    `[windows, length, hidden]` as is `stream`, the layer's input; `values`: the weights by role; `weights`: gradients
-    by them, empty unless asked for; `ordinary` `[windows, length]`: tokens that moments count; `energy`: their sum of
-    |stream after the layer|^2.
+    `[windows, length, hidden]`; `values`: the weights by role; `weights`: gradients by them, empty unless asked for;
+    `ordinary` `[windows, length]`: tokens that count; `energy`: their sum of |stream after the layer|^2.
     """
 
     index: int
-    stream: Tensor
     before: Tensor
     middle: Tensor
     after: Tensor
@@ -168,7 +165,7 @@ def backward_layer(
         energy += float(output[ordinary[span]].pow(2).sum(dtype=torch.float64))
     # Batches add up in float32: they are few, and a float64 copy would be twice the layer.
     weights = {role: leaf.grad for role, leaf in leaves.items() if leaf.grad is not None}
-    return LayerGradients(index, stream, before, middle, after, values, weights, ordinary, energy)
+    return LayerGradients(index, before, middle, after, values, weights, ordinary, energy)
 
 
 def backward_batch(
@@ -198,70 +195,38 @@ def mark_tokens(x: Tensor) -> Tensor:
 
 
 def first_order_scores(
-    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], spec: ModelSpec, layer: int, form: str = ELEMENT
+    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], spec: ModelSpec, layer: int
 ) -> tuple[Tensor, Tensor]:
     """Return LLM-Pruner's first-order importance of KV groups `[groups]` and FFN channels `[channels]`, in float64.
 
-    `element` (the paper's parameter-wise form): the sum of |gradient x weight| over all weights of a unit. `vector`:
-    products are summed over each row (or column, where the unit is one) before their absolute value is taken. Rows
-    and coupled tensors (q, k, v, o and gate, up, down, biases included) add up, the paper's `sum`; norms do not count.
-    (arXiv 2305.11627, section 3.2; methods 8.6.)
+    The paper's parameter-wise form: the sum of |gradient x weight| over all weights of a unit. Coupled tensors (q, k,
+    v, o and gate, up, down, biases included) add up, the paper's `sum`; norms do not count. (arXiv 2305.11627, section
+    3.2; methods 8.6.)
     """
-    if form not in (ELEMENT, VECTOR):
-        raise UserError(f"first-order form '{form}' is not one of {ELEMENT}, {VECTOR}.")
     shape, span = spec.layers[layer].shape, spec.family.attention.qk_norm
     sizes = {"query": shape.group * shape.head_dim, "kv": shape.head_dim, "ffn": 1}
     kv, ffn = (torch.zeros(units, dtype=torch.float64) for units in (shape.kv_heads, shape.ffn))
     for role, weight in weights.items():
         for dim, axis in enumerate(role_axes(role, span)):
             if axis in sizes and not role.endswith("_norm"):
-                rows = sum_products(gradients[role].movedim(dim, 0), weight.movedim(dim, 0), form)
+                rows = sum_products(gradients[role].movedim(dim, 0), weight.movedim(dim, 0))
                 (ffn if axis == "ffn" else kv).add_(rows.view(-1, sizes[axis]).sum(1))
     return kv, ffn
 
 
-def sum_products(gradient: Tensor, weight: Tensor, form: str) -> Tensor:
-    """Return per row `[rows]` the sum of |g w| (`element`) or |sum of g w| (`vector`), in float64."""
-    products = (gradient * weight).flatten(1) if weight.dim() > 1 else (gradient * weight)[:, None]
-    if form == ELEMENT:
-        return products.abs().sum(1, dtype=torch.float64)
-    return products.sum(1, dtype=torch.float64).abs()
-
-
-@dataclass(frozen=True)
-class StreamFisher:
-    """Fisher matrices of the stream after a layer's `attention` and `mlp` branch: sums of g g^T over `tokens`.
-
-    Both `[hidden, hidden]` in float64, in nats per squared stream unit; `energy` is the sum over the same tokens of
-    |stream after the layer|^2. Sums over several texts or seeds merge.
-    """
-
-    layer: int
-    attention: Tensor
-    mlp: Tensor
-    tokens: int
-    energy: float
-
-    def mean(self, branch: str) -> Tensor:
-        """Return the matrix per token of the stream after `branch` (`attention` or `mlp`)."""
-        return {ATTENTION: self.attention, MLP: self.mlp}[branch] / self.tokens
-
-    def merge(self, other: StreamFisher) -> StreamFisher:
-        """Return the sums over both token sets; both must be of the same layer."""
-        if self.layer != other.layer:
-            raise ValueError(f"the Fisher matrices of layers {self.layer} and {other.layer} do not merge")
-        return StreamFisher(
-            self.layer, self.attention + other.attention, self.mlp + other.mlp,
-            self.tokens + other.tokens, self.energy + other.energy,
-        )  # fmt: skip
+def sum_products(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum of |g w| per row, `[rows]` in float64; a vector's rows are its entries."""
+    return (gradient * weight).abs().reshape(len(weight), -1).sum(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Loss in nats per token that an error as large as the stream after the layer would add, by branch.
 
-    The prediction is linear: an error of a share s of the stream's energy |stream|^2 adds s times as much, when the
-    error's direction knows nothing of the gradient's (isotropic).
+    The prediction is linear: an error of a share s of the stream's energy |stream|^2 adds s times as much. It is exact
+    to second order for errors that know nothing of the gradients (isotropic) and of each other. A pruned branch errs
+    most where the model is unsure or least where it is: on trained models this predicted 0.13 to 2.4 times what was
+    measured. Use it to compare layers and cuts of one branch, not for what they cost.
     """
 
     layer: int
@@ -269,55 +234,29 @@ class Sensitivity:
     mlp: float
 
 
-def stream_fisher(
-    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, options: BackwardOptions | None = None
-) -> Iterator[StreamFisher]:
-    """Yield the Fisher matrices around one layer after the other, from the last to the first (methods 7.4: no sinks).
-
-    Labels are sampled unless `options` says otherwise; with the text's labels this is the empirical Fisher matrix,
-    which equals the true one only where the model predicts as often wrong as it expects to. Raises UserError for
-    windows that hold no ordinary token.
-    """
-    layers = stream_backward(checkpoint, spec, windows, options or BackwardOptions(SAMPLED))
-    for found in layers:
-        yield sum_fisher(found, windows.source)
-        del found
-
-
-def sum_fisher(found: LayerGradients, source: str) -> StreamFisher:
-    """Sum g g^T over the ordinary tokens of one layer."""
+def measure_sensitivity(found: LayerGradients, source: str) -> Sensitivity:
+    """Return one layer's sensitivity from the gradients of its ordinary tokens; UserError where there are none."""
     tokens = int(found.ordinary.sum())
     if tokens == 0:
         raise UserError(f"{source}: holds no token that is not first, last or a sink; give longer windows.")
-    attention, mlp = (Moments.empty(found.after.shape[-1]) for _ in range(2))
-    attention.update(found.middle[found.ordinary])
-    mlp.update(found.after[found.ordinary])
-    return StreamFisher(found.index, attention.gram, mlp.gram, tokens, found.energy)
-
-
-def predict_loss(fisher: StreamFisher, branch: str, error: Tensor | float) -> float:
-    """Return the KL(dense || damaged) in nats per token that an error of the stream after `branch` causes.
-
-    `error`: second moments E[e e^T] per token `[hidden, hidden]`, not centred, or the energy E|e|^2 per token alone,
-    then taken as isotropic. Exact to second order for errors that know nothing of the gradients and of each other. A
-    pruned branch errs most where the model is unsure or least where it is: on trained models this predicted 0.13 to 2.4
-    times what was measured: use it to compare layers and cuts of one branch, not for what they cost.
-    """
-    matrix = fisher.mean(branch)
-    if isinstance(error, Tensor):
-        return 0.5 * float((matrix * error.double()).sum())
-    return 0.5 * float(matrix.trace()) * error / len(matrix)
-
-
-def measure_sensitivity(fisher: StreamFisher) -> Sensitivity:
-    """Reduce a layer's Fisher matrices to one number per branch."""
-    energy = fisher.energy / fisher.tokens
-    return Sensitivity(fisher.layer, *(predict_loss(fisher, branch, energy) for branch in (ATTENTION, MLP)))
+    attention, mlp = (
+        float(slopes[found.ordinary].pow(2).sum(dtype=torch.float64)) / tokens for slopes in (found.middle, found.after)
+    )
+    scale = 0.5 * found.energy / tokens / found.after.shape[-1]
+    return Sensitivity(found.index, scale * attention, scale * mlp)
 
 
 def sensitivities(
     checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, options: BackwardOptions | None = None
 ) -> tuple[Sensitivity, ...]:
-    """Return each layer's sensitivity, first layer first; `sensitivity x damage / energy` of a layer is loss."""
-    found = [measure_sensitivity(fisher) for fisher in stream_fisher(checkpoint, spec, windows, options)]
-    return tuple(reversed(found))
+    """Return each layer's sensitivity, first layer first; `sensitivity x damage / energy` of a layer is loss.
+
+    Labels are sampled unless `options` says otherwise; with the text's labels the Fisher information is the empirical
+    one, which equals the true one only where the model predicts as often wrong as it expects to. Sinks are left out
+    (methods 7.4). Raises UserError for windows that hold no ordinary token.
+    """
+    rows = []
+    for found in stream_backward(checkpoint, spec, windows, options or BackwardOptions(SAMPLED)):
+        rows.append(measure_sensitivity(found, windows.source))
+        del found  # else two layers are in memory
+    return tuple(reversed(rows))

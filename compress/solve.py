@@ -97,15 +97,3 @@ def solve_bias(moments: Moments, weight: Tensor, bias: Tensor | None = None) -> 
         )
     shift = (moments.target_total - weight.double() @ moments.total) / moments.count
     return weight, shift.to(bias.dtype)
-
-
-def residual_error(moments: Moments, weight: Tensor, bias: Tensor | None = None) -> float:
-    """Return sum |W x + b - y|^2 over the tokens in `moments`."""
-    exact = weight.double()
-    error = moments.target_square - 2 * float((exact.T * moments.cross).sum())
-    error += float(((exact @ moments.gram) * exact).sum())
-    if bias is not None:
-        shift = bias.double()
-        drift = exact @ moments.total - moments.target_total
-        error += moments.count * float(shift @ shift) + 2 * float(shift @ drift)
-    return error

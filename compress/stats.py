@@ -19,7 +19,6 @@ class Moments:
     total: Tensor
     cross: Tensor
     target_total: Tensor
-    target_square: float = 0.0
     count: int = 0
 
     @classmethod
@@ -43,19 +42,13 @@ class Moments:
                 wanted = y[start : start + CHUNK]
                 self.cross += rows.T @ wanted
                 self.target_total += wanted.sum(0)
-                self.target_square += float(wanted.pow(2).sum())
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both token sets together."""
         return Moments(
             self.gram + other.gram, self.total + other.total, self.cross + other.cross,
-            self.target_total + other.target_total, self.target_square + other.target_square, self.count + other.count,
+            self.target_total + other.target_total, self.count + other.count,
         )  # fmt: skip
-
-    def select(self, kept: Tensor) -> Moments:
-        """Return the moments of the inputs `kept` only."""
-        gram = self.gram[kept][:, kept]
-        return Moments(gram, self.total[kept], self.cross[kept], self.target_total, self.target_square, self.count)
 
 
 def add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
@@ -93,10 +86,9 @@ class ChannelSums:
 
 @dataclass
 class BlockSums:
-    """What a block does to the stream: sums of cosine(in, out), |in|^2, |out|^2 and |out - in|^2 over tokens."""
+    """What a block does to the stream: sums of cosine(in, out), |out|^2 and |out - in|^2 over tokens."""
 
     cosine: float = 0.0
-    square_in: float = 0.0
     square_out: float = 0.0
     change: float = 0.0
     count: int = 0
@@ -104,7 +96,6 @@ class BlockSums:
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add tokens `[tokens, hidden]` before and after the block."""
         self.cosine += float(torch.cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
-        self.square_in += float(before.pow(2).sum(dtype=torch.float64))
         self.square_out += float(after.pow(2).sum(dtype=torch.float64))
         self.change += float((after - before).pow(2).sum(dtype=torch.float64))
         self.count += len(before)
@@ -112,8 +103,8 @@ class BlockSums:
     def merge(self, other: BlockSums) -> BlockSums:
         """Return the sums of both token sets together."""
         return BlockSums(
-            self.cosine + other.cosine, self.square_in + other.square_in, self.square_out + other.square_out,
-            self.change + other.change, self.count + other.count,
+            self.cosine + other.cosine, self.square_out + other.square_out, self.change + other.change,
+            self.count + other.count,
         )  # fmt: skip
 
     @property

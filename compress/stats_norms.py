@@ -20,8 +20,8 @@ from compress.family import BRANCHES, POST_NORMS
 from compress.spec import ModelSpec
 from compress.stats import CHUNK
 
-LEAST_SQUARES, MEAN_INVERSE, PER_CHANNEL = "least-squares", "mean-inverse", "per-channel"
-CONSTANTS = (LEAST_SQUARES, MEAN_INVERSE, PER_CHANNEL)
+LEAST_SQUARES, MEAN_INVERSE = "least-squares", "mean-inverse"
+CONSTANTS = (LEAST_SQUARES, MEAN_INVERSE)
 CV_LIMIT = 0.15  # a guess between the 0.1 and 0.2 of methods 1.5; more is bearable where a repair or training follows
 FP16_LARGEST = 65504.0
 
@@ -80,7 +80,7 @@ class BranchSums:
         mean = self.rms / self.count
         return math.sqrt(max(self.rms_square / self.count - mean**2, 0.0)) / mean
 
-    def error(self, gain: Tensor, constant: Tensor) -> float:
+    def error(self, gain: Tensor, constant: float) -> float:
         """Return |c g o - g o / r| / |g o / r| over all tokens; exact. 0 where the branch is silent."""
         weight = gain.pow(2)
         target = float((weight * self.unit).sum())
@@ -135,18 +135,14 @@ def observe_post_norm(sums: Mapping[str, PostNormSums], role: str, raw: Tensor, 
 class AbsorbReport:
     """What absorbing one post-norm does to its branch; errors are relative L2 errors of the branch output.
 
-    cv: coefficient of variation of rms(o). error: predicted, exact on the tokens summed. cv_error: the estimate
-    CV / sqrt(1 + CV^2) from cv alone. sink_error: the same constant on sink and first tokens. constant: what replaces
-    1 / rms (the mean over channels where each has its own). peak: the largest |c g o| of any token.
+    cv: coefficient of variation of rms(o). error: predicted, exact on the tokens summed. sink_error: the same constant
+    on sink and first tokens. constant: what replaces 1 / rms. peak: the largest |c g o| of any token.
     """
 
     layer: int
     role: str
-    tokens: int
     cv: float
     error: float
-    cv_error: float
-    sink_tokens: int
     sink_error: float
     constant: float
     peak: float
@@ -154,12 +150,12 @@ class AbsorbReport:
     overflow: bool
 
 
-def fit_constant(sums: PostNormSums, rule: str = LEAST_SQUARES) -> Tensor:
-    """Return the constant c in the place of 1 / rms, a float64 scalar, or `[hidden]` for `per-channel`.
+def fit_constant(sums: PostNormSums, rule: str = LEAST_SQUARES) -> float:
+    """Return the constant c in the place of 1 / rms.
 
     `least-squares` minimises |c g o - g o / r| (our derivation, methods 1.5). `mean-inverse` is E[1 / r], Pangu
     Light's form as far as it is known (low confidence), and known to come out too large: tokens of tiny rms drive it.
-    Raises UserError without ordinary tokens.
+    Raises UserError without ordinary tokens and for an unknown rule.
     """
     seen = sums.ordinary
     if not seen.count:
@@ -167,33 +163,27 @@ def fit_constant(sums: PostNormSums, rule: str = LEAST_SQUARES) -> Tensor:
             f"No ordinary token was seen behind the {BRANCHES[sums.role]} of layer {sums.layer}, so its norm has no "
             "constant to be absorbed with; give longer calibration text (--text)."
         )
-    if rule == MEAN_INVERSE:
-        return torch.tensor(seen.inverse / seen.count, dtype=torch.float64)
-    weight = sums.gain.pow(2)
-    scale = (weight * seen.square).sum()
-    # A silent branch leaves nothing to fit; any constant is exact, and E[1 / r] is finite.
-    best = (weight * seen.cross).sum() / scale if scale > 0 else scale.new_tensor(seen.inverse / seen.count)
-    if rule == LEAST_SQUARES:
-        return best
-    if rule != PER_CHANNEL:
+    if rule not in CONSTANTS:
         raise UserError(f"The absorption constant '{rule}' is not one of {', '.join(CONSTANTS)}.")
-    return torch.where(seen.square > 0, seen.cross / seen.square.clamp_min(1e-300), best)
+    weight = sums.gain.pow(2)
+    scale = float((weight * seen.square).sum())
+    # A silent branch leaves nothing to fit; any constant is exact, and E[1 / r] is finite.
+    if rule == MEAN_INVERSE or not scale > 0:
+        return seen.inverse / seen.count
+    return float((weight * seen.cross).sum()) / scale
 
 
 def describe_absorption(sums: PostNormSums, rule: str = LEAST_SQUARES, limit: float = CV_LIMIT) -> AbsorbReport:
     """Predict what absorbing a post-norm costs; `go` where the coefficient of variation is below `limit`."""
     constant, cv = fit_constant(sums, rule), sums.ordinary.variation
-    peak = torch.maximum(sums.ordinary.peak, sums.sinks.peak) * sums.gain.abs() * constant.abs()
+    peak = torch.maximum(sums.ordinary.peak, sums.sinks.peak) * sums.gain.abs() * abs(constant)
     return AbsorbReport(
         layer=sums.layer,
         role=sums.role,
-        tokens=sums.ordinary.count,
         cv=cv,
         error=sums.ordinary.error(sums.gain, constant),
-        cv_error=cv / math.sqrt(1 + cv**2),
-        sink_tokens=sums.sinks.count,
         sink_error=sums.sinks.error(sums.gain, constant),
-        constant=float(constant.mean()),
+        constant=constant,
         peak=float(peak.max()),
         go=cv < limit,
         overflow=float(peak.max()) > FP16_LARGEST,

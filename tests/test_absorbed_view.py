@@ -23,6 +23,7 @@ from test_rotate import (
     place_sink,
     random_rotation,
     run_whole,
+    turned_energies,
     write_cut,
 )
 from tiny import CASES, POST_NORM_FAMILIES, make_checkpoint, make_config
@@ -56,7 +57,6 @@ from compress.surgery.rotate import (
     RotatedCheckpoint,
     choose_rotation,
     collect_stream_gram,
-    measure_energies,
     rotate_checkpoint,
     rotated_findings,
 )
@@ -366,7 +366,7 @@ def test_passes_run_on_the_rotated_view(model: str, repair: str, tmp_path: Path)
     gram = collect_stream_gram(view, read_spec(view), WINDOWS)
     rotation = choose_rotation(gram)
     task = make_task(rotate_checkpoint(view, read_spec(view), rotation), repair=repair, score="activation")
-    findings = rotated_findings(find_units(task), measure_energies(gram, rotation))
+    findings = rotated_findings(find_units(task), turned_energies(gram, rotation))
     result = write_cut(task, findings.keep_hidden(36), tmp_path / "cut")
     written = open_checkpoint(tmp_path / "cut")
     assert {info.dtype for info in written.tensors.values()} == {torch.bfloat16}

@@ -29,7 +29,6 @@ from compress.surgery.depth import (
     check_merges,
     choose_groups,
     merge_attention,
-    note_merge,
     score_gains,
     unlike_layers,
 )
@@ -186,7 +185,6 @@ def test_behind_a_post_norm_the_raw_outputs_add_up_in_the_kept_layers_units(case
     plain = merge_attention(spec, row, dict(enumerate(layers)))
     assert torch.equal(merge_attention(spec, row, dict(enumerate(layers)), {other: 5.0})["o"], plain["o"])
     assert torch.equal(merge_attention(spec, row, dict(enumerate(layers)), {kept: 5.0})["o"], plain["o"])
-    assert not note_merge(spec, row, dict(enumerate(layers))).exact
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -201,7 +199,6 @@ def test_own_groups_only_changes_no_bit(case: str) -> None:
     whole = torch.arange(48), torch.tensor((0, 2)), torch.arange(56)
     for role, tensor in slice_weights(spec, layers[1], axis_rows(spec.layers[1].shape, *whole)).items():
         assert torch.equal(fewer[role], tensor), role
-    assert note_merge(spec, make_row(1, {}), {1: layers[1]}).exact
 
 
 @pytest.mark.parametrize("case", MERGEABLE)
@@ -300,9 +297,6 @@ def test_a_weak_gain_is_replaced_exactly_and_reported(case: str) -> None:
     assert torch.equal(merged["attn_in"][weak], layers[other]["attn_in"][weak])  # as stored: no rounding when written
     others = [i for i in range(48) if i not in weak]
     assert torch.equal(merged["attn_in"][others], layers[1]["attn_in"][others])
-    notes = note_merge(spec, row, dict(enumerate(layers)))
-    assert notes.weak_channels == {"attn_in": tuple(weak)}
-    assert notes.exact
     assert all(bool(tensor.isfinite().all()) for tensor in merged.values())
 
 
@@ -315,7 +309,7 @@ def test_gains_that_are_mostly_zero_are_replaced_too() -> None:
     x = random_stream(spec)
     apart = run_attention(spec, 1, layers[1], x) + run_attention(spec, 2, layers[2], x)
     assert gap(run_attention(spec, 1, merged, x, 6), apart) <= EXACT
-    assert note_merge(spec, row, dict(enumerate(layers))).weak_channels == {"attn_in": tuple(range(30))}
+    assert torch.equal(merged["attn_in"], torch.cat((layers[2]["attn_in"][:30], layers[1]["attn_in"][30:])))
 
 
 def test_a_weak_post_norm_gain_does_not_blow_up_moved_outputs() -> None:
@@ -327,7 +321,8 @@ def test_a_weak_post_norm_gain_does_not_blow_up_moved_outputs() -> None:
     moved = merged["o"][5, layers[2]["o"].shape[1] :]
     assert torch.equal(moved, layers[2]["o"][5])
     assert not merged["o"][5, : layers[1]["o"].shape[1]].any()  # the gain of zero let nothing pass
-    assert note_merge(spec, row, dict(enumerate(layers))).weak_channels == {"attn_out": (5,)}
+    others = [channel for channel in range(48) if channel != 5]
+    assert torch.equal(merged["attn_out"][others], layers[1]["attn_out"][others])
 
 
 # Layers that are not alike

@@ -1,8 +1,8 @@
-"""Streamed gradients equal one graph through the whole model; the Fisher matrix predicts measured divergence."""
+"""Streamed gradients equal one graph through the whole model; their Fisher information predicts measured divergence."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,11 @@ from compress.evaluate import fill_hidden, stream_logits
 from compress.gradients import (
     BackwardOptions,
     LayerGradients,
-    StreamFisher,
+    Sensitivity,
     first_order_scores,
-    predict_loss,
+    measure_sensitivity,
     sensitivities,
     stream_backward,
-    stream_fisher,
-    sum_fisher,
 )
 from compress.hidden import HiddenStore
 from compress.spec import ModelSpec
@@ -132,7 +130,6 @@ def test_streamed_gradients_equal_one_graph(case: str, tmp_path: Path, monkeypat
     found = collect(checkpoint, spec, windows, WITH_WEIGHTS)
     assert [layer.index for layer in found] == list(range(len(spec.layers)))
     for layer, weights in zip(found, model.layers, strict=True):
-        assert_near(layer.stream, model.streams[layer.index].detach())
         assert_near(layer.middle, model.middles[layer.index].grad)
         assert_near(layer.after, model.streams[layer.index + 1].grad)
         assert layer.weights.keys() == weights.keys()
@@ -241,7 +238,7 @@ def test_one_layer_is_held_at_a_time_and_read_twice(weights: bool, tmp_path: Pat
     assert {watched.reads[name] for layer in spec.layers for name in layer.names.values()} == {2}
 
 
-def test_fisher_matrices_let_each_layer_go(tmp_path: Path) -> None:
+def test_sensitivities_let_each_layer_go(tmp_path: Path) -> None:
     checkpoint, spec = open_tiny(tmp_path, "llama")
     watched = watch(checkpoint)
     sensitivities(watched, spec, draw_windows(2))
@@ -265,7 +262,7 @@ def test_cost_in_forward_passes(weights: bool, passes: int, tmp_path: Path) -> N
 # First-order scores
 
 
-def loop_scores(found: LayerGradients, units: int, rows: dict[str, tuple[int, int]], form: str) -> list[float]:
+def loop_scores(found: LayerGradients, units: int, rows: dict[str, tuple[int, int]]) -> list[float]:
     """Scores weight by weight; `rows`: role -> (dimension of the units, size of a unit along it)."""
     scores = [0.0] * units
     for role, (dim, size) in rows.items():
@@ -276,57 +273,67 @@ def loop_scores(found: LayerGradients, units: int, rows: dict[str, tuple[int, in
             values, slopes = values.T, slopes.T
         for place, (row, slope) in enumerate(zip(values, slopes, strict=True)):
             products = [float(w) * float(g) for w, g in zip(row.reshape(-1), slope.reshape(-1), strict=True)]
-            scores[place // size] += sum(map(abs, products)) if form == "element" else abs(sum(products))
+            scores[place // size] += sum(map(abs, products))
     return scores
 
 
-@pytest.mark.parametrize("form", ["element", "vector"])
 @pytest.mark.parametrize("case", [BIASED, ONE_NORM_FOR_ALL_HEADS, FUSED])
-def test_scores_equal_a_loop_over_weights(case: str, form: str, tmp_path: Path) -> None:
+def test_scores_equal_a_loop_over_weights(case: str, tmp_path: Path) -> None:
     checkpoint, spec = open_tiny(tmp_path, case)
     found = collect(checkpoint, spec, draw_windows(1), WITH_WEIGHTS)[1]
-    kv, ffn = first_order_scores(found.weights, found.values, spec, 1, form)
+    kv, ffn = first_order_scores(found.weights, found.values, spec, 1)
     query, head = 16, 8  # two query heads of 8 share a group
     attention = {"q": (0, query), "q_bias": (0, query), "o": (1, query)}
     attention |= {role: (0, head) for role in ("k", "v", "k_bias", "v_bias")}
     mlp = {"down": (1, 1)} | {role: (0, 1) for role in ("gate", "up", "gate_bias", "up_bias")}
-    assert kv.tolist() == pytest.approx(loop_scores(found, 3, attention, form), rel=1e-5)
-    assert ffn.tolist() == pytest.approx(loop_scores(found, 56, mlp, form), rel=1e-5)
+    assert kv.tolist() == pytest.approx(loop_scores(found, 3, attention), rel=1e-5)
+    assert ffn.tolist() == pytest.approx(loop_scores(found, 56, mlp), rel=1e-5)
 
 
-def test_vector_scores_of_up_and_down_are_equal(tmp_path: Path) -> None:
+def test_summed_products_of_up_and_down_are_equal(tmp_path: Path) -> None:
     """Both are what scaling the channel's activation does to the loss (Euler): a check that needs no second code."""
     checkpoint, spec = open_tiny(tmp_path, "llama")
     found = collect(checkpoint, spec, draw_windows(2), WITH_WEIGHTS)[2]
-    one, two = (
-        first_order_scores({role: found.weights[role]}, {role: found.values[role]}, spec, 2, "vector")[1]
-        for role in ("up", "down")
-    )
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(one.max()))
+    products = {role: (found.weights[role] * found.values[role]).double() for role in ("up", "down")}
+    one, two = products["up"].sum(1), products["down"].sum(0)
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
-# Fisher matrices
+# Fisher information
 
 
 @dataclass
 class Fitted:
-    """A model with Fisher matrices merged over draws, and each draw's gradients by the stream after layer 1."""
+    """A model, each layer's sensitivity as the mean over draws of labels, and one Fisher matrix per token.
+
+    `matrix` is that of the stream after the attention of layer 1, summed over the ordinary tokens of all draws.
+    """
 
     model: Model
     windows: Windows
-    fishers: list[StreamFisher]
-    slopes: list[Tensor]
+    rows: list[Sensitivity]
+    matrix: Tensor
 
 
 def fit(model: Model, windows: Windows, draws: int) -> Fitted:
-    merged: list[StreamFisher] = []
-    slopes = []
+    hidden = model.spec.shape.hidden
+    found, matrix, tokens = [], torch.zeros(hidden, hidden, dtype=torch.float64), 0
     for seed in range(draws):
         layers = collect(model.checkpoint, model.spec, windows, BackwardOptions("sampled", seed=seed))
-        slopes.append(layers[1].after.double())
-        found = [sum_fisher(layer, windows.source) for layer in layers]
-        merged = [one.merge(two) for one, two in zip(merged, found, strict=True)] if merged else found
-    return Fitted(model, windows, merged, slopes)
+        found.append([measure_sensitivity(layer, windows.source) for layer in layers])
+        slopes = layers[1].middle[layers[1].ordinary].double()
+        matrix, tokens = matrix + slopes.T @ slopes, tokens + len(slopes)
+    means = []
+    for rows in zip(*found, strict=True):
+        attention, mlp = sum(row.attention for row in rows), sum(row.mlp for row in rows)
+        means.append(Sensitivity(rows[0].layer, attention / draws, mlp / draws))
+    return Fitted(model, windows, means, matrix / tokens)
+
+
+def stream_energy(fitted: Fitted, layer: int) -> float:
+    """Mean over ordinary tokens of |stream after the layer|^2."""
+    fitted.model.run(fitted.windows.ids)
+    return float(fitted.model.streams[layer + 1][:, 1:-1].pow(2).sum(-1).mean())
 
 
 def measure_divergence(model: Model, windows: Windows, place: tuple[int, str], root: Tensor, draws: int) -> float:
@@ -352,64 +359,51 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_isotropic_errors_cost_what_their_energy_predicts(layer: int, branch: str, fitted: Fitted) -> None:
-    model, windows, fishers = fitted.model, fitted.windows, fitted.fishers
-    hidden = model.spec.shape.hidden
-    energy = 1e-6 * fishers[layer].energy / fishers[layer].tokens
-    root = (energy / hidden) ** 0.5 * torch.eye(hidden, dtype=torch.float64)
-    measured = measure_divergence(model, windows, (layer, branch), root, 4)
-    assert predict_loss(fishers[layer], branch, energy) == pytest.approx(measured, rel=0.3)
-    assert predict_loss(fishers[layer], branch, root @ root.T) == pytest.approx(measured, rel=0.3)
+    model, hidden = fitted.model, fitted.model.spec.shape.hidden
+    root = (1e-6 * stream_energy(fitted, layer) / hidden) ** 0.5 * torch.eye(hidden, dtype=torch.float64)
+    measured = measure_divergence(model, fitted.windows, (layer, branch), root, 4)
+    assert 1e-6 * getattr(fitted.rows[layer], branch) == pytest.approx(measured, rel=0.3)
 
 
 @pytest.mark.parametrize("end", [0, -1], ids=["flattest", "steepest"])
 def test_directed_errors_cost_what_their_covariance_predicts(end: int, fitted: Fitted) -> None:
-    """Along single directions of the Fisher matrix, where energy alone is wrong by far."""
-    model, windows, fishers = fitted.model, fitted.windows, fitted.fishers
-    fisher = fishers[1]
-    energy = 1e-6 * fisher.energy / fisher.tokens
-    axes = torch.linalg.eigh(fisher.attention).eigenvectors
+    """Along single directions of the Fisher matrix, where its trace and the energy alone are wrong by far."""
+    energy = 1e-6 * stream_energy(fitted, 1)
+    axes = torch.linalg.eigh(fitted.matrix).eigenvectors
     root = (energy / 4) ** 0.5 * (axes[:, :4] if end == 0 else axes[:, -4:])
-    measured = measure_divergence(model, windows, (1, "attention"), root, 4)
-    assert predict_loss(fisher, "attention", root @ root.T) == pytest.approx(measured, rel=0.3)
-    assert predict_loss(fisher, "attention", energy) != pytest.approx(measured, rel=0.6)
+    measured = measure_divergence(fitted.model, fitted.windows, (1, "attention"), root, 4)
+    assert 0.5 * float((fitted.matrix * (root @ root.T)).sum()) == pytest.approx(measured, rel=0.3)
+    assert 1e-6 * fitted.rows[1].attention != pytest.approx(measured, rel=0.6)
 
 
-def test_fisher_sums_equal_a_loop_over_tokens(tmp_path: Path) -> None:
-    checkpoint, spec = open_tiny(tmp_path, "llama")
+def test_sensitivities_equal_a_loop_over_tokens(tmp_path: Path) -> None:
+    """Loss of an isotropic error as large as the stream: half the mean |g|^2 times the mean |stream|^2 per channel."""
+    checkpoint, spec = open_tiny(tmp_path, "qwen2")
     options, windows = BackwardOptions("sampled", seed=2), draw_windows(2)
     layers = collect(checkpoint, spec, windows, options)
     model = Model(checkpoint, spec)
     model.run(windows.ids)
-    for found, fisher in zip(layers, list(stream_fisher(checkpoint, spec, windows, options))[::-1], strict=True):
-        matrix, energy = torch.zeros_like(fisher.attention), 0.0
+    rows = sensitivities(checkpoint, spec, windows, options)
+    assert [row.layer for row in rows] == [0, 1, 2, 3]
+    for found, row in zip(layers, rows, strict=True):
+        attention, mlp, energy, tokens = 0.0, 0.0, 0.0, 0
         for window in range(2):
             for token in range(1, LENGTH - 1):
-                slope = found.middle[window, token].double()
-                matrix += torch.outer(slope, slope)
-                energy += float(model.streams[found.index + 1][window, token].pow(2).sum())
-        torch.testing.assert_close(fisher.attention, matrix, rtol=1e-4, atol=1e-5 * float(matrix.max()))
-        assert fisher.energy == pytest.approx(energy, rel=1e-5)
-        assert fisher.tokens == 2 * (LENGTH - 2)
+                attention += sum(float(g) ** 2 for g in found.middle[window, token])
+                mlp += sum(float(g) ** 2 for g in found.after[window, token])
+                energy += sum(float(x) ** 2 for x in model.streams[found.index + 1][window, token])
+                tokens += 1
+        scale = 0.5 * energy / tokens / 48 / tokens
+        assert row.attention == pytest.approx(scale * attention, rel=1e-5)
+        assert row.mlp == pytest.approx(scale * mlp, rel=1e-5)
 
 
-def test_merged_sums_equal_those_of_all_windows(tmp_path: Path) -> None:
-    checkpoint, spec = open_tiny(tmp_path, "llama")
-    windows, options = draw_windows(2), BackwardOptions("text")  # text labels do not depend on the order of draws
-    parts = (Windows(windows.ids[:1], "one"), Windows(windows.ids[1:], "two"))
-    one, two, both = (next(stream_fisher(checkpoint, spec, each, options)) for each in (*parts, windows))
-    merged = one.merge(two)
-    torch.testing.assert_close(merged.attention, both.attention, rtol=1e-4, atol=1e-5 * float(both.attention.max()))
-    torch.testing.assert_close(merged.mlp, both.mlp, rtol=1e-4, atol=1e-5 * float(both.mlp.max()))
-    assert merged.energy == pytest.approx(both.energy, rel=1e-6)
-    assert merged.tokens == both.tokens
-
-
-def test_labels_of_fisher_matrices_are_sampled_unless_asked_for(tmp_path: Path) -> None:
+def test_labels_are_sampled_unless_asked_for(tmp_path: Path) -> None:
     checkpoint, spec = open_tiny(tmp_path, "llama")
     given = (None, BackwardOptions("sampled"), BackwardOptions("text"))
-    plain, sampled, text = (next(stream_fisher(checkpoint, spec, draw_windows(1), each)) for each in given)
-    assert torch.equal(plain.mlp, sampled.mlp)
-    assert not torch.equal(plain.mlp, text.mlp)
+    plain, sampled, text = (sensitivities(checkpoint, spec, draw_windows(1), each) for each in given)
+    assert plain == sampled
+    assert plain[-1].mlp != pytest.approx(text[-1].mlp, rel=1e-3)
 
 
 def test_sinks_do_not_count(tmp_path: Path) -> None:
@@ -424,19 +418,9 @@ def test_sinks_do_not_count(tmp_path: Path) -> None:
     for found in stream_backward(checkpoint, read_spec(checkpoint), windows, BackwardOptions("sampled")):
         skipped = (~found.ordinary).nonzero().tolist()
         assert skipped == [[0, 0], [0, LENGTH - 1], [1, 0], [1, 9], [1, LENGTH - 1]]
-    assert {fisher.tokens for fisher in stream_fisher(checkpoint, read_spec(checkpoint), windows)} == {2 * LENGTH - 5}
-
-
-def test_sensitivities_are_the_loss_of_an_error_as_large_as_the_stream(tmp_path: Path) -> None:
-    checkpoint, spec = open_tiny(tmp_path, "qwen2")
-    windows = draw_windows(2)
-    fishers = list(stream_fisher(checkpoint, spec, windows))[::-1]
-    found = sensitivities(checkpoint, spec, windows)
-    assert [row.layer for row in found] == [0, 1, 2, 3]
-    for row, fisher in zip(found, fishers, strict=True):
-        scale = fisher.energy / fisher.tokens / spec.shape.hidden / 2
-        assert row.attention == pytest.approx(scale * float(fisher.attention.trace()) / fisher.tokens)
-        assert row.mlp == pytest.approx(scale * float(fisher.mlp.trace()) / fisher.tokens)
+        quiet = replace(found, middle=torch.where(found.ordinary[..., None], found.middle, 0.0))
+        assert measure_sensitivity(quiet, "text") == measure_sensitivity(found, "text")
+        assert 0 < found.energy < 3000.0**2  # less than the sink's alone
 
 
 # Mistakes
@@ -449,10 +433,4 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 2 tokens"):
         collect(checkpoint, spec, draw_windows(3, 1), BackwardOptions())
     with pytest.raises(UserError, match="longer windows"):
-        list(stream_fisher(checkpoint, spec, draw_windows(3, 2)))
-    found = collect(checkpoint, spec, draw_windows(1, 4), WITH_WEIGHTS)[0]
-    with pytest.raises(UserError, match="form 'row'"):
-        first_order_scores(found.weights, found.values, spec, 0, "row")
-    one, two = list(stream_fisher(checkpoint, spec, draw_windows(1)))[:2]
-    with pytest.raises(ValueError, match="layers 3 and 2"):
-        one.merge(two)
+        sensitivities(checkpoint, spec, draw_windows(3, 2))

@@ -24,13 +24,13 @@ from compress.plan import Plan, keep_everything
 from compress.recipe import Recipe
 from compress.spec import ModelSpec, resolve_model
 from compress.surgery.describe import new_config
+from compress.surgery.inputs import ScaleSums
+from compress.surgery.norms import rescale_norm
 from compress.surgery.rotate import (
     choose_rotation,
     collect_stream_gram,
-    measure_energies,
     rotate_checkpoint,
     rotated_findings,
-    slice_gain,
 )
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer, read_spec
@@ -73,6 +73,11 @@ def make_task(checkpoint: Checkpoint, **recipe: Any) -> Task:
 
 def largest(difference: Tensor) -> float:
     return float(difference.abs().max())
+
+
+def turned_energies(gram: Tensor, rotation: Tensor) -> Tensor:
+    """Energy of each rotated channel: the diagonal of Q^T G Q."""
+    return torch.stack([column @ gram @ column for column in rotation.T])
 
 
 # The same function
@@ -271,7 +276,7 @@ def test_rotation_is_the_principal_basis() -> None:
     gram = truth @ torch.diag(energies) @ truth.T
     rotation = choose_rotation(gram)
     assert largest(rotation.T @ rotation - torch.eye(20, dtype=torch.float64)) <= 1e-12
-    assert largest(measure_energies(gram, rotation) - energies) <= 1e-12
+    assert largest(turned_energies(gram, rotation) - energies) <= 1e-12
     assert largest((rotation * truth).sum(0).abs() - 1) <= 1e-9, "each column is the wanted one but for its sign"
     for column in rotation.T.tolist():
         assert max(column, key=abs) > 0
@@ -286,7 +291,7 @@ def test_pinned_channels_stay_and_come_first() -> None:
     assert torch.equal(rotation[:, :2], unit[:, [4, 11]])
     assert largest(rotation.T @ rotation - unit) <= 1e-12
     rest = [channel for channel in range(20) if channel not in (4, 11)]
-    found = measure_energies(gram, rotation)
+    found = turned_energies(gram, rotation)
     assert torch.equal(found[:2], gram.diagonal()[[4, 11]])
     assert largest(found[2:] - torch.linalg.eigvalsh(gram[rest][:, rest]).flip(0)) <= 1e-12
 
@@ -332,7 +337,7 @@ def test_passes_run_on_the_view(case: str, repair: str, tmp_path: Path) -> None:
     gram = collect_stream_gram(checkpoint, spec, WINDOWS)
     rotation = choose_rotation(gram)
     task = make_task(rotate_checkpoint(checkpoint, spec, rotation), repair=repair, score="activation")
-    findings = rotated_findings(find_units(task), measure_energies(gram, rotation))
+    findings = rotated_findings(find_units(task), turned_energies(gram, rotation))
     result = write_cut(task, findings.keep_hidden(36), tmp_path / "cut")
     written = open_checkpoint(tmp_path / "cut")
     assert {info.dtype for info in written.tensors.values()} == {torch.bfloat16}
@@ -363,11 +368,10 @@ def test_a_stream_of_low_rank_is_cut_without_loss(case: str, tmp_path: Path) -> 
     spec = read_spec(checkpoint)
     gram = collect_stream_gram(checkpoint, spec, WINDOWS)
     rotation = choose_rotation(gram)
-    energies = measure_energies(gram, rotation)
+    energies = turned_energies(gram, rotation)
     assert float(energies[36:].sum()) <= 1e-9 * float(energies.sum())
     channels = make_task(checkpoint, repair="none", score="activation")
     rotated = make_task(rotate_checkpoint(checkpoint, spec, rotation), repair="none", norms="slnp")
-    assert slice_gain(1.0, 48, 36) == pytest.approx(math.sqrt(48 / 36))  # what SLNP makes of equal gains
     plain = find_units(channels)
     kept = rotated_findings(plain, energies).keep_hidden(36)
     ids = write_cut(rotated, kept, tmp_path / "rotated").sample_ids
@@ -406,7 +410,7 @@ def test_damage_of_the_view_is_what_pass_one_measures_on_it(tmp_path: Path) -> N
     rotation = choose_rotation(gram)
     task = make_task(rotate_checkpoint(checkpoint, spec, rotation), score="activation")
     measured = find_units(task)
-    ours = rotated_findings(measured, measure_energies(gram, rotation))
+    ours = rotated_findings(measured, turned_energies(gram, rotation))
     energy = measured.hidden_energy / measured.hidden_energy.sum(1, keepdim=True)
     for count in (12, 24, 36, 47):
         tail = sum(float(row[count:].sum()) for row in energy)
@@ -416,31 +420,36 @@ def test_damage_of_the_view_is_what_pass_one_measures_on_it(tmp_path: Path) -> N
 # The gain after a cut
 
 
-def test_slice_gain_restores_the_norm() -> None:
-    """Every token holds the same share of its energy in the first 30 of 40 channels."""
+def fit_scale(full: Tensor, cut: Tensor) -> float:
+    """The factor of the `calibrated` norm rule."""
+    sums = ScaleSums()
+    sums.update(full, cut)
+    return sums.constant
+
+
+def test_the_calibrated_gain_restores_the_norm() -> None:
+    """Every token holds the same share of its energy in the first 30 of 40 channels: sqrt(e d / d') is exact."""
     random, offset = torch.Generator().manual_seed(4), 1.0
     x = torch.randn(50, 40, dtype=torch.float64, generator=random)
     for share in (0.2, 0.75, 0.99, 1.0):
         head, tail = (part / part.norm(dim=1, keepdim=True) for part in (x[:, :30], x[:, 30:]))
         token = 3 * torch.cat((head * share**0.5, tail * (1 - share) ** 0.5), 1)
-        full = rms_norm(token, torch.full((40,), 1 - offset), 0.0, offset)
-        cut = rms_norm(token[:, :30], torch.tensor(slice_gain(share, 40, 30) - offset), 0.0, offset)
-        assert largest(full[:, :30] - cut) <= 1e-6
+        stored = torch.full((40,), 1 - offset, dtype=torch.float64)
+        full, bare = (rms_norm(part, stored[: part.shape[1]], 0.0, offset) for part in (token, token[:, :30]))
+        gain = fit_scale(full[:, :30], bare)
+        assert gain == pytest.approx(math.sqrt(share * 40 / 30), rel=1e-6)
+        assert largest(full[:, :30] - rms_norm(token[:, :30], torch.tensor(gain - offset), 0.0, offset)) <= 1e-6
+    # SLNP takes the share for 1.
+    assert largest(rescale_norm(stored, stored[:30], offset) + offset - gain) <= 1e-6
 
 
-def test_slice_gain_bounds_the_least_squares_constant() -> None:
-    """Over tokens of unlike shares, least squares gives mean(sqrt(e)) sqrt(d/d'), just below slice_gain at mean(e)."""
+def test_the_calibrated_gain_is_bounded_by_that_of_the_mean_share() -> None:
+    """Over tokens of unlike shares, least squares gives mean(sqrt(e)) sqrt(d/d'), just below sqrt(mean(e) d/d')."""
     random = torch.Generator().manual_seed(5)
     x = torch.randn(400, 40, dtype=torch.float64, generator=random) * torch.linspace(3, 0.3, 40, dtype=torch.float64)
     full, cut = (rms_norm(part, torch.tensor(1.0), 0.0, 0.0) for part in (x, x[:, :25]))
     shares = x[:, :25].pow(2).sum(1) / x.pow(2).sum(1)
-    fitted = float((full[:, :25] * cut).sum() / cut.pow(2).sum())
-    bound, slnp = slice_gain(float(shares.mean()), 40, 25), math.sqrt(40 / 25)
+    fitted, slnp = fit_scale(full[:, :25], cut), math.sqrt(40 / 25)
+    bound = math.sqrt(float(shares.mean())) * slnp
     assert fitted == pytest.approx(float(shares.sqrt().mean()) * slnp)
     assert bound * (1 - float(shares.var() / shares.mean() ** 2)) <= fitted < bound < slnp
-
-
-@pytest.mark.parametrize(("share", "hidden", "kept"), [(1.1, 4, 2), (-0.1, 4, 2), (0.5, 4, 0), (0.5, 4, 5)])
-def test_slice_gain_refuses_what_is_no_cut(share: float, hidden: int, kept: int) -> None:
-    with pytest.raises(ValueError, match="cannot keep"):
-        slice_gain(share, hidden, kept)

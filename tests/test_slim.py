@@ -24,7 +24,6 @@ from compress.importance.slim import (
     MOST_SWAPPED,
     find_pairs,
     find_terms,
-    rank_channels,
     rank_explained,
     rank_groups,
     rank_slim,
@@ -35,7 +34,7 @@ from compress.importance.slim import (
     sum_explained,
 )
 from compress.importance.units import Ranking
-from compress.solve import RIDGE, residual_error, solve_diagonal
+from compress.solve import RIDGE, solve_diagonal
 from compress.spec import ModelSpec
 from compress.stats import Moments
 from compress.text import Windows
@@ -147,7 +146,7 @@ def test_explained_variance_is_what_the_diagonal_repair_leaves() -> None:
     moments.update(sample.x[:, inputs], y)
     repaired = solve_diagonal(moments, branch.weight[:, inputs], torch.zeros(len(branch.weight)).double())
     parts = slow_twins.unit_outputs(sample.x, branch.weight, 2)
-    left = residual_error(moments, *repaired) / len(y)
+    left = slow_twins.sum_errors(sample.x[:, inputs], y, *repaired) / len(y)
     explained = slow_twins.kept_likeness(parts, kept, explained=True)
     assert explained + left == pytest.approx(float(y.var(0, correction=0).sum()), rel=1e-9)
 
@@ -210,13 +209,6 @@ def test_a_branch_that_gives_out_nothing_has_finite_scores() -> None:
     sample = draw_sample(FFN, 9, 1)
     silent = replace(sample.branch, weight=torch.zeros_like(sample.branch.weight))
     assert torch.isfinite(score_channels(silent)).all()
-
-
-def test_spared_channels_go_last() -> None:
-    branch = draw_sample(FFN, 20, 1).branch
-    plain, spared = rank_channels(branch), rank_channels(branch, spare=0.1)
-    assert spared.order == (*plain.order[2:], *sorted(plain.order[:2]))
-    assert spared.score == plain.score
 
 
 def test_rankings_repeat() -> None:

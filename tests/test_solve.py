@@ -12,7 +12,6 @@ from compress.solve import (
     RIDGE,
     damp_gram,
     invert_gram,
-    residual_error,
     short_of_tokens,
     solve_bias,
     solve_diagonal,
@@ -73,22 +72,14 @@ def test_few_tokens_raise_the_ridge(data: tuple[Tensor, ...], tokens: int) -> No
     torch.testing.assert_close(shift, wanted_shift, rtol=1e-8, atol=1e-9)
 
 
-def test_residual_error_equals_the_sum_over_tokens(data: tuple[Tensor, ...]) -> None:
-    x, y, weight, bias = data
-    moments = gather(x, y)
-    assert residual_error(moments, weight) == pytest.approx(slow_twins.sum_errors(x, y, weight), rel=1e-10)
-    assert residual_error(moments, weight, bias) == pytest.approx(slow_twins.sum_errors(x, y, weight, bias), rel=1e-10)
-
-
 def test_a_free_bias_and_a_solve_only_help(data: tuple[Tensor, ...]) -> None:
     x, y, weight, bias = data
     moments = gather(x, y)
     plain, _ = solve_projection(moments, weight)
-    free, shift = solve_projection(moments, weight, bias)
-    assert residual_error(moments, plain) < residual_error(moments, weight)
-    assert residual_error(moments, free, shift) < min(
-        residual_error(moments, plain), residual_error(moments, weight, bias)
-    )
+    pairs = ((weight, None), (weight, bias), (plain, None), solve_projection(moments, weight, bias))
+    cut, cut_biased, solved, freed = (slow_twins.sum_errors(x, y, *pair) for pair in pairs)
+    assert solved < cut
+    assert freed < min(solved, cut_biased)
 
 
 def test_without_ridge_a_linear_target_is_found_exactly(data: tuple[Tensor, ...]) -> None:
@@ -178,12 +169,12 @@ def test_the_diagonal_never_makes_a_channel_worse(data: tuple[Tensor, ...], bias
 def test_what_the_diagonal_leaves_is_the_variance_that_correlation_lacks(data: tuple[Tensor, ...]) -> None:
     """Residual = sum over channels of tokens * var(y) * (1 - rho^2) (methods 2.5)."""
     x, y, weight, bias = data
-    moments = gather(x, y)
     wanted = 0.0
     for z, target in zip((x @ weight.T).T, y.T, strict=True):
         rho = torch.corrcoef(torch.stack((z, target)))[0, 1]
         wanted += float(TOKENS * target.var(correction=0) * (1 - rho**2))
-    assert residual_error(moments, *solve_diagonal(moments, weight, bias)) == pytest.approx(wanted, rel=1e-9)
+    left = slow_twins.sum_errors(x, y, *solve_diagonal(gather(x, y), weight, bias))
+    assert left == pytest.approx(wanted, rel=1e-9)
 
 
 def test_nothing_removed_leaves_everything_as_it_was(data: tuple[Tensor, ...]) -> None:
@@ -229,7 +220,7 @@ def test_each_repair_leaves_less_than_the_one_before(data: tuple[Tensor, ...]) -
     x, y, weight, bias = data
     moments = gather(x, y)
     found = [repair(moments, weight, bias) for repair in (solve_bias, solve_diagonal, solve_projection)]
-    errors = [residual_error(moments, weight, bias), *(residual_error(moments, *pair) for pair in found)]
+    errors = [slow_twins.sum_errors(x, y, *pair) for pair in ((weight, bias), *found)]
     assert errors == sorted(errors, reverse=True)
     assert all(after < 0.999 * before for before, after in zip(errors, errors[1:], strict=False))
 

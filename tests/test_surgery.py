@@ -581,6 +581,17 @@ def test_the_final_norm_stays_unless_asked_for(norms: str, bench: Open) -> None:
     assert torch.equal(finish_norm(b.job, b.streams), cut) == (norms != "calibrated")
 
 
+def test_the_final_fit_is_the_same_and_silent_where_gradients_are_on(bench: Open) -> None:
+    """As in the command, which does not switch them off; the tests do (conftest.py)."""
+    b = bench("llama", norms="calibrated", repair="lstsq")
+    b.disturb()
+    wanted = finish_norm(b.job, b.streams)
+    with torch.enable_grad():
+        found = finish_norm(b.job, b.streams)
+    assert torch.equal(found, wanted)
+    assert not found.requires_grad
+
+
 @pytest.mark.parametrize("count", [1, 8, 50, 10_000])
 def test_tokens_of_the_final_norm_are_spread_over_the_windows(count: int, bench: Open) -> None:
     b = bench("llama", measured=2)

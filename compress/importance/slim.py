@@ -194,18 +194,12 @@ def score_projected(moments: Moments, weight: Tensor) -> Tensor:
     return turned.pow(2).sum(0).sqrt() * moments.gram.diagonal().clamp(min=0).sqrt()
 
 
-def rank_channels(branch: Branch, spare: float = 0.0) -> Ranking:
+def rank_channels(branch: Branch) -> Ranking:
     """Rank FFN channels by `score_channels`, least first.
 
-    `spare`: this share of the channels, the very lowest, goes last instead of first; the paper's code has 0.01, a
-    quirk that it shares with LoRAP (methods 2.4).
+    The paper's code spares the very lowest hundredth, a quirk that it shares with LoRAP (methods 2.4); we do not.
     """
-    score = score_channels(branch)
-    lowest = torch.argsort(score, stable=True)[: int(spare * len(score))]
-    order = score.clone()
-    order[lowest] = float("inf")
-    ranking = rank_by_score(branch.moments, branch.weight, branch.size, order)
-    return replace(ranking, score=tuple(score.tolist()))
+    return rank_by_score(branch.moments, branch.weight, branch.size, score_channels(branch))
 
 
 def rank_slim(branch: Branch) -> Ranking:

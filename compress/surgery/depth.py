@@ -13,7 +13,6 @@ keep is that a dropped layer used to read the stream one or more layers later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,17 +34,6 @@ ATTENTION_ROLES = ("q", "k", "v", "o", *GUARD_ROLES)
 WEAK_GAIN = 1e-3
 # qk-norm products that differ by less than this share of the largest are rounding.
 SAME_GAIN = 1e-6
-
-
-@dataclass(frozen=True)
-class MergeNotes:
-    """What a report says of a merge: is it exact on one input, and by norm the hidden channels of too weak a gain.
-
-    Where the kept layer's gain was too weak to divide by, the strongest source's took its place.
-    """
-
-    exact: bool
-    weak_channels: Mapping[str, tuple[int, ...]]
 
 
 # Which groups
@@ -267,11 +255,3 @@ def join_parts(spec: ModelSpec, parts: Sequence[Weights]) -> Weights:
         else:
             joined[role] = tensor
     return joined
-
-
-def note_merge(spec: ModelSpec, row: LayerPlan, weights: Mapping[int, Mapping[str, Tensor]]) -> MergeNotes:
-    """Return what a report should say of one plan row's merge; reads norms only."""
-    kept = weights[row.layer]
-    norms = [norm for norm in ("attn_in", "attn_out") if norm in kept and row.merged]
-    weak = {norm: find_weak(kept[norm].double() + spec.norm_offset).nonzero().flatten().tolist() for norm in norms}
-    return MergeNotes("attn_out" not in norms, {norm: tuple(found) for norm, found in weak.items() if found})

@@ -75,7 +75,7 @@ def fit_factor(spec: ModelSpec, stream: Tensor, wanted: Tensor, gain: Tensor, he
             loss = F.kl_div(found, wanted, reduction="sum", log_target=True)
             loss = (loss + PULL * (factor - factor.mean()).pow(2).sum()) / len(stream)
             (slope,) = torch.autograd.grad(loss, factor)
-        return float(loss), slope.double().numpy()
+        return float(loss.detach()), slope.double().numpy()
 
     # Not torch.optim: building any of its optimizers imports the compiler, which takes seconds and 70 MiB.
     found = minimize(divergence, np.ones(len(gain)), jac=True, method="L-BFGS-B", options={"maxfun": steps})

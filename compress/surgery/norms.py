@@ -1,4 +1,4 @@
-"""Norm weights after channels were removed (lossy re-scaling; exact folds live apart)."""
+"""Norm weights after channels were removed (lossy re-scaling)."""
 
 from __future__ import annotations
 

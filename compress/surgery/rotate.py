@@ -13,13 +13,12 @@ What cutting to the first d' of d channels does to a norm (our derivation; metho
 token's energy |x|^2 that the kept channels z hold. The full norm gives them z / sqrt(|x|^2 / d), a norm over the kept
 channels alone gives z / sqrt(e |x|^2 / d'), so the second times sqrt(e d / d') is the first, exactly. Equal gains make
 SLNP's factor sqrt(d / d'): it takes e for 1 and is too large by 1 / sqrt(e). One constant per norm cannot follow e from
-token to token; least squares over tokens gives mean(sqrt(e)) sqrt(d / d'), at most `slice_gain` at the mean of e
-(Jensen), below it by a share of about var(e) / (8 mean(e)^2).
+token to token; least squares over tokens gives mean(sqrt(e)) sqrt(d / d'), at most sqrt(mean(e) d / d') (Jensen),
+below that by a share of about var(e) / (8 mean(e)^2).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -257,11 +256,6 @@ def choose_rotation(gram: Tensor, pinned: Iterable[int] = ()) -> Tensor:
     return rotation
 
 
-def measure_energies(gram: Tensor, rotation: Tensor) -> Tensor:
-    """Return the energy of each rotated channel `[hidden]`: the diagonal of Q^T G Q, for PCA the eigenvalues."""
-    return ((gram @ rotation) * rotation).sum(0).clamp_min(0)
-
-
 def rotated_findings(findings: Findings, energies: Tensor) -> Findings:
     """Return findings whose hidden channels are rotated ones: the first stay, the damage is the energies' tail.
 
@@ -271,14 +265,3 @@ def rotated_findings(findings: Findings, energies: Tensor) -> Findings:
     order = torch.arange(len(energies), 0, -1, dtype=findings.hidden_score.dtype)  # exact where energies tie
     shared = energies.to(findings.hidden_energy).expand(len(findings.hidden_energy), -1)
     return replace(findings, hidden_score=order, hidden_energy=shared, pinned=())
-
-
-def slice_gain(energy_kept_fraction: float, hidden: int, kept: int) -> float:
-    """Return sqrt(e d / d'), the norm weight that restores x / rms over all d channels after cutting to d'.
-
-    `energy_kept_fraction` is e, the share of the stream's energy in the kept channels (module docstring). Raises
-    ValueError for a fraction outside 0 .. 1 or counts that are no cut.
-    """
-    if not 0 <= energy_kept_fraction <= 1 or not 0 < kept <= hidden:
-        raise ValueError(f"cannot keep {kept} of {hidden} channels with {energy_kept_fraction} of the energy")
-    return math.sqrt(energy_kept_fraction * hidden / kept)
