@@ -20,6 +20,7 @@ from cli.export import export
 from cli.inspect import inspect
 from cli.options import PANELS
 from cli.plan import plan
+from cli.profiles import app as profiles
 from cli.version import read_version
 from compress.errors import UserError
 
@@ -132,6 +133,9 @@ VERBS: Mapping[str, Any] = {
 }
 for name, verb in VERBS.items():
     app.command(name, cls=Verb)(verb)
+for command in profiles.registered_commands:
+    command.cls = Verb
+app.add_typer(profiles, name="profiles")
 
 
 def stop_run(number: int, frame: FrameType | None) -> None:

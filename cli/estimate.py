@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from compress.recipe import Recipe
 from compress.shapes import ModelShape
 from compress.surgery.job import SMALL_MODEL
 
 FLOAT, DOUBLE = 4, 8
+# Passes over the text in units of one dense forward pass: scoring, selection and probes, both streams, solves
+# (benchmarks/cost.py: 4.7 for a large model), and what refining and trying plans adds on a small one.
+PASSES, SMALL_PASSES = 5.0, 40.0
 # Interpreter, torch and its libraries, measured on Linux; the rest of the estimate is about the model.
 BASE_BYTES = 350 * 2**20
 SMALL_FILES = 16 * 2**20  # tokenizer, configuration, manifest, graph without weights
@@ -50,3 +55,32 @@ def estimate_memory(shape: ModelShape, recipe: Recipe, itemsize: int) -> int:
     batch = FLOAT * BATCH_TOKENS * (3 * widest + 6 * hidden)
     embeddings = shape.embedding_parameters * (itemsize + FLOAT)
     return BASE_BYTES + layer + statistics + streams + batch + embeddings
+
+
+def estimate_seconds(shape: ModelShape, recipe: Recipe) -> float:
+    """Return about the seconds of calibrating, planning and rebuilding here, from a short matrix product."""
+    tokens = recipe.windows * recipe.length
+    passes = SMALL_PASSES if may_refine(shape, recipe) else PASSES
+    return passes * 2 * tokens * shape.layer_parameters / measure_flops()
+
+
+def measure_flops(size: int = 768) -> float:
+    """Return floating-point operations per second of a float32 product, with torch's threads."""
+    import torch
+
+    a, times = torch.ones(size, size), []
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - started)
+    return 2 * float(size) ** 3 / min(times)
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that a new process can have; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -14,13 +14,18 @@ import typer
 from compress.errors import UserError
 from compress.recipe import AXES, Recipe, flag, merge_recipe
 
-BUDGET, SCORES, SURGERY, REPAIR = "Budget and shape", "Scores", "Surgery", "Repair"
+BUDGET, DEVICE, SCORES, SURGERY, REPAIR = "Budget and shape", "Device", "Scores", "Surgery", "Repair"
 TEXT, OUTPUT = "Text", "Output"
-PANELS = ("Arguments", BUDGET, SCORES, SURGERY, REPAIR, TEXT, OUTPUT, "Options")
+PANELS = ("Arguments", BUDGET, DEVICE, SCORES, SURGERY, REPAIR, TEXT, OUTPUT, "Options")
 # What each key of a recipe says in the help, under which heading.
 HELP: Mapping[str, Mapping[str, str]] = {
     BUDGET: {
-        "keep": "Fraction of the non-embedding parameters to keep.",
+        "keep": "Fraction of the non-embedding parameters to keep; the budget, unless one of the next four is.",
+        "params": "Parameters in all, such as 2.6B or 350M.",
+        "memory": "Weights, keys and values on a device at the workload's context and batch, such as 4GiB.",
+        "speedup": "Times as fast as the dense model, by the profile's prediction for the workload, such as 1.5x.",
+        "latency": "Predicted time of the workload, such as 25ms: of one token (decode), to the first (prefill), or of "
+        "a whole answer.",
         "axes": f"What may be pruned, of {','.join(AXES)}: FFN channels, KV groups with their query heads, the hidden "
         "width, whole layers.",
         "multiple": "Kept channels are a multiple of this; 0: 16, or the power of two that the dense size has.",
@@ -28,6 +33,15 @@ HELP: Mapping[str, Mapping[str, str]] = {
         "ratio": "How layers share the budget: loss (least predicted loss); with --axes ffn,kv equal, or with --shapes "
         "per-layer too softmax (SlimLLM) or zscore (FLAP); with --axes layers influence (ShortGPT).",
         "trials": "Plans that are rebuilt and measured before one is chosen; -1: several on small models, else 0.",
+    },
+    DEVICE: {
+        "profile": "Device that the result will run on: a name of `lightpress profiles list`, or a .toml file. Its "
+        "rules decide shapes, its numbers the predicted times.",
+        "workload": "What is timed: decode, prefill, PROMPT+OUTPUT[@BATCH] such as 512+64@4, or a phase of that, "
+        "decode:512+64@4.",
+        "format": "Number format that is timed and sized, of those that the profile has: fp32, fp16, bf16, w8a8, int8 "
+        "or int4.",
+        "devices": "Devices that the model is split over (tensor parallelism).",
     },
     SCORES: {
         "score": "How units are ranked: obs (greedy optimal brain surgeon), activation, slimllm, slimllm-plain, "

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cli.console import Console
-from cli.estimate import estimate_disk, estimate_spill
+from cli.budget import Device, make_goal
+from cli.console import Console, format_bytes
+from cli.estimate import estimate_disk, estimate_memory, estimate_spill, free_memory
 from cli.request import Request
 from compress.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compress.checkpoint_writer import check_output, check_space
 from compress.errors import UserError
+from compress.goal import Goal
 from compress.importance import find_score
 from compress.pipeline import Task, check_turnable, plan_checkpoint, storage_dtype
 from compress.plan import Plan, keep_everything, plan_shape, read_plan
@@ -44,6 +46,8 @@ class Job:
     recipe: Recipe
     tokenizer: Any
     plan: Plan | None
+    goal: Goal | None = None
+    device: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,11 @@ def prepare_job(request: Request, console: Console) -> Job:
         check_biases(checkpoint, spec, recipe)
     else:
         check_plan(checkpoint, spec, plan, request)
+    goal, device = make_goal(recipe, spec, storage_dtype(checkpoint, spec).itemsize)
     tokenizer = check_texts(request, checkpoint, recipe)
-    job = Job(request, checkpoint, spec, recipe, tokenizer, plan)
+    job = Job(request, checkpoint, spec, recipe, tokenizer, plan, goal, device)
     check_disk(job)
+    check_memory(job)
     check_weights(checkpoint, console)
     return job
 
@@ -142,10 +148,21 @@ def check_disk(job: Job) -> None:
     request, spec, recipe = job.request, job.spec, job.recipe
     itemsize = storage_dtype(job.checkpoint, spec).itemsize
     if request.output is not None:
-        kept = recipe.keep if job.plan is None else 1.0
+        kept = recipe.keep if job.plan is None and recipe.budget == "keep" else 1.0
         check_space(request.output, estimate_disk(spec.shape, kept, itemsize, request.export))
     dense_graph = estimate_disk(spec.shape, 1.0, 0, request.export) if request.bench and request.output else 0
     check_space(Path(tempfile.gettempdir()), estimate_spill(spec.shape, recipe) + dense_graph)
+
+
+def check_memory(job: Job) -> None:
+    """Raise UserError where the run would need more memory than this machine has free."""
+    itemsize = storage_dtype(job.checkpoint, job.spec).itemsize
+    free, needed = free_memory(), estimate_memory(job.spec.shape, job.recipe, itemsize)
+    if free is not None and needed > free:
+        raise UserError(
+            f"Compressing needs about {format_bytes(needed)} of memory, and {format_bytes(free)} are free: give a "
+            "smaller --spill-bytes or fewer --windows, or use a larger machine."
+        )
 
 
 def check_weights(checkpoint: Checkpoint, console: Console) -> None:
@@ -199,7 +216,7 @@ def decide_plan(job: Job, windows: Windows, console: Console) -> Plan:
     """Return the plan of a file, or make one; raises UserError when no stock configuration takes its shape."""
     plan = job.plan
     if plan is None:
-        plan = plan_checkpoint(Task(job.checkpoint, job.spec, windows, job.recipe), console.progress)
+        plan = plan_checkpoint(Task(job.checkpoint, job.spec, windows, job.recipe, job.goal), console.progress)
         new_config(job.spec, plan, job.recipe)
     warn_tokens(job, plan, windows, console)
     return plan

@@ -8,9 +8,10 @@ from typing import Any
 
 from cli.console import align_table, format_bytes, format_count
 from compress.plan import LayerPlan, Plan, describe_counts
-from compress.report import DIFFERENT, EQUAL, Comparison, LayerRow, Metrics, PlanReport, Proof
+from compress.report import DIFFERENT, EQUAL, Comparison, DeviceReport, LayerRow, Metrics, PlanReport, Proof
 
 SLOW = 100
+LEAST_PADDING = 0.0005
 WIDTH = 80  # columns of a plan's tables and notes
 Row = tuple[str, ...]
 
@@ -28,7 +29,33 @@ def render_plan(plan: PlanReport, made: Plan | None = None) -> str:
         size_row("bytes", plan.dense_bytes, plan.bytes, format_bytes),
     ]
     lines = [textwrap.fill(line, WIDTH) for line in list_plan_notes(plan, notes.get("measured_loss"))]
-    return "\n".join([align_table([head, *list_layers(plan, taken)]), "", align_table(sizes), "", *lines])
+    device = [render_device(plan.device), ""] if plan.device else []
+    return "\n".join([align_table([head, *list_layers(plan, taken)]), "", align_table(sizes), "", *device, *lines])
+
+
+def render_device(device: DeviceReport) -> str:
+    """Return the predicted times of a plan on its device by class of operation, slowest first."""
+    names = sorted(device.dense_seconds, key=lambda name: -device.dense_seconds[name])
+    rows: list[Row] = [("predicted time", "dense", "planned", "ratio")]
+    for name in names:
+        before, after = device.dense_seconds[name], device.seconds[name]
+        if before > 0:
+            rows.append(size_row(name, before, after, format_time))
+    before, after = sum(device.dense_seconds.values()), sum(device.seconds.values())
+    rows.append(size_row("all", before, after, format_time))
+    rows.append(size_row("tokens/s", device.dense_tokens_per_s, device.tokens_per_s, format_rate))
+    rows.append(size_row("memory of a device", device.dense_bytes, device.bytes, format_bytes))
+    waste = f" Padding: {format_share(device.padding)} of its multiply-adds." if device.padding >= LEAST_PADDING else ""
+    line = f"Predicted {device.speedup:.2f}x as fast on {device.profile}, {device.workload}.{waste}"
+    return "\n".join([align_table(rows), textwrap.fill(line, WIDTH)])
+
+
+def format_time(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
 
 
 def list_layers(plan: PlanReport, taken: Mapping[int, str]) -> list[Row]:
@@ -81,8 +108,17 @@ def list_plan_notes(plan: PlanReport, measured: float | None) -> list[str]:
         seen = f"{plan.skipped_sinks} sink tokens left out of the statistics"
         notes.append(f"Attention sinks: {seen}, {plan.pinned_channels} channels with massive activations pinned.")
     memory, disk = format_bytes(plan.peak_memory_bytes), format_bytes(plan.disk_bytes)
-    notes.append(f"Compressing needs about {memory} of memory and {disk} of disk.")
+    spent = "" if plan.run_seconds is None else f", and about {format_duration(plan.run_seconds)} on this machine"
+    notes.append(f"Compressing needs about {memory} of memory and {disk} of disk{spent}.")
     return notes
+
+
+def format_duration(seconds: float) -> str:
+    """Return a rough duration in words."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1.0, seconds):.0f} s"
 
 
 def render_choices(plan: Plan) -> str:

@@ -20,8 +20,9 @@ from backends.export_onnx import export_onnx
 from backends.runtime import Speed
 from backends.verify import verify_folder
 from cli import options
+from cli.budget import Device, describe_workload
 from cli.console import Console, RunFailure
-from cli.estimate import estimate_disk, estimate_memory
+from cli.estimate import estimate_disk, estimate_memory, estimate_seconds
 from cli.measure import Model
 from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
 from cli.render import render_choices, render_comparison, render_plan, render_proof, render_tried
@@ -34,10 +35,11 @@ from compress.family import explain_not_stock
 from compress.pipeline import Result, Task, compress_checkpoint, describe_run, storage_dtype, write_plan
 from compress.plan import Plan
 from compress.recipe import Recipe, flag
-from compress.report import DIFFERENT, Comparison, LayerRow, PlanReport, Proof, RunReport, make_plain
-from compress.shapes import LayerShape
+from compress.report import DIFFERENT, Comparison, DeviceReport, LayerRow, PlanReport, Proof, RunReport, make_plain
+from compress.shapes import LayerShape, ModelShape
 from compress.spec import expected_tensors, resolve_model
 from compress.surgery.describe import new_config
+from profiles.rules import check_shape, padding_loss
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
 UNDERSHOOT = 0.05  # share of the parameters that a plan may remove beyond what was asked for without a word
@@ -94,7 +96,10 @@ def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
         console.note(f"The result will be for ONNX and Lightpress only: {reason}.")
     for sentence in plan.notes.get("overflow", []):
         console.warn(sentence[0].lower() + sentence[1:])
-    if job.request.plan is None and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:
+    for sentence in summary.device.warnings if summary.device else ():
+        console.warn(sentence[0].lower() + sentence[1:])
+    asked = job.request.plan is None and job.recipe.budget == "keep"
+    if asked and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:
         console.warn(
             f"the allowed steps go down to {summary.kept_fraction:.2f} instead of {job.recipe.keep:g}; "
             "a smaller --multiple or more --axes come closer."
@@ -124,7 +129,20 @@ def report_plan(job: Job, plan: Plan) -> PlanReport:
         predicted_loss=read_prediction(plan),
         skipped_sinks=read_count(plan, "skipped_sink_tokens"),
         pinned_channels=read_count(plan, "pinned_channels"),
+        run_seconds=estimate_seconds(dense, job.recipe),
+        device=report_device(job.device, dense, shape) if job.device else None,
     )
+
+
+def report_device(device: Device, dense: ModelShape, shape: ModelShape) -> DeviceReport:
+    """Put what a device makes of a plan into numbers."""
+    before, after = device.estimate(dense), device.estimate(shape)
+    return DeviceReport(
+        device.profile.name, describe_workload(device), before.seconds, after.seconds,
+        before.tokens_per_s, after.tokens_per_s, before.memory_bytes, after.memory_bytes,
+        padding_loss(shape, device.profile, device.workload),
+        tuple(check_shape(shape, device.profile, device.workload)),
+    )  # fmt: skip
 
 
 def read_prediction(plan: Plan) -> dict[str, float]:

@@ -27,15 +27,19 @@ from compress.allocate import (
 )
 from compress.errors import UserError
 from compress.family import POST_NORMS
+from compress.goal import Goal, keep_goal
 from compress.importance.findings import Findings, LayerFindings
 from compress.importance.ratio import Counts, find_budget, find_costs, flap_counts, slim_counts, uniform_counts
 from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, describe_choice, grid, keep_everything, plan_shape, step_size
 from compress.recipe import Recipe
-from compress.shapes import ModelShape
+from compress.shapes import LayerShape, ModelShape
 from compress.spec import ModelSpec
 from compress.spec_change import add_biases, drop_norms
 from compress.spec_writer import find_writer
 from compress.surgery.describe import REPAIRED
+
+# Searches for a limit on the sum of parts whose true cost is what was asked for, and how near is near enough.
+MOST_ROUNDS, NEAR = 6, 0.99
 
 
 @dataclass(frozen=True)
@@ -68,42 +72,108 @@ class Choice:
     loss: float
 
 
-def full_scope(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Scope:
-    """Return everything that the recipe's axes allow."""
+def full_scope(spec: ModelSpec, findings: Findings, recipe: Recipe, goal: Goal | None = None) -> Scope:
+    """Return everything that the recipe's axes and the goal's steps allow."""
     hidden = spec.shape.hidden
-    step = step_size(hidden, recipe)
+    step = step_size(hidden, recipe, goal.hidden_step if goal else 0)
     widths = grid(hidden, step, max(len(findings.pinned), step)) if "hidden" in recipe.axes else (hidden,)
     return Scope(widths, len(findings.drop_order) if "layers" in recipe.axes else 0)
 
 
 def choose_plan(
-    spec: ModelSpec, findings: Findings, recipe: Recipe, prices: Prices, scope: Scope | None = None
+    spec: ModelSpec,
+    findings: Findings,
+    recipe: Recipe,
+    prices: Prices,
+    scope: Scope | None = None,
+    goal: Goal | None = None,
 ) -> Choice:
-    """Return the plan of least predicted loss; raises UserError that names the bound when nothing fits."""
+    """Return the plan of least predicted loss within the goal (the recipe's `keep` where none is given).
+
+    Raises UserError that names the bound when nothing fits.
+    """
     if recipe.ratio == "influence":
         return Choice(influence_plan(spec, findings, recipe), 0.0)
     if recipe.ratio != "loss":
         return Choice(ratio_plan(spec, findings, recipe), 0.0)
-    scope = scope or full_scope(spec, findings, recipe)
-    budget = int(recipe.keep * spec.shape.layer_parameters)
-    solve = allocate if recipe.shapes == "per-layer" else allocate_uniform
-    rated = bar_drops([rate_layer(spec, layer, findings, recipe, prices) for layer in findings.layers], scope)
-    made = {width: make_choices(spec, rated, recipe, width) for width in scope.widths}
-    usable = {width: layers for width, layers in made.items() if layers}
-
-    def make(width: int) -> tuple[Sequence[LayerChoice], int, float]:
-        return usable[width], width, price_hidden(findings, prices, width)
-
-    found = allocate_widths(make, usable, budget, force_drops(solve, scope.least_dropped))
-    if found is None:
-        raise explain_budget(spec, recipe, usable, budget)
-    width, best = found
+    goal = goal or keep_goal(spec.shape, recipe)
+    scope = scope or full_scope(spec, findings, recipe, goal)
+    search = open_search(spec, findings, recipe, prices, scope, goal)
+    width, best = meet_goal(search)
     plan = fill_layers(findings, width, best)
     if recipe.shapes == "per-layer" and not is_writable(spec, plan_shape(plan, spec.shape), recipe):
         # Layers that came out alike are written for stock classes, which this shape does not suit.
-        return choose_plan(spec, findings, replace(recipe, shapes="uniform"), prices, scope)
+        return choose_plan(spec, findings, replace(recipe, shapes="uniform"), prices, scope, goal)
     notes = describe_choice(spec, findings, plan, split_loss(findings, prices, plan, width))
     return Choice(replace(plan, notes=notes), best.loss)
+
+
+# Under the budget
+
+
+@dataclass(frozen=True)
+class Search:
+    """All that the optimiser chooses among: for each hidden width its layers, its cost outside them and its loss."""
+
+    spec: ModelSpec
+    findings: Findings
+    recipe: Recipe
+    goal: Goal
+    solve: Solver
+    made: Mapping[int, tuple[Sequence[LayerChoice], int, float]]
+
+
+def open_search(
+    spec: ModelSpec, findings: Findings, recipe: Recipe, prices: Prices, scope: Scope, goal: Goal
+) -> Search:
+    """Price every count at every width of the scope."""
+    rated = bar_drops([rate_layer(spec, layer, findings, recipe, prices, goal) for layer in findings.layers], scope)
+    made = {width: make_choices(spec, rated, recipe, width, goal) for width in scope.widths}
+    usable = {
+        width: (layers, goal.costs.outside(replace(spec.shape, hidden=width)), price_hidden(findings, prices, width))
+        for width, layers in made.items()
+        if layers
+    }
+    solve = allocate if recipe.shapes == "per-layer" else allocate_uniform
+    return Search(spec, findings, recipe, goal, force_drops(solve, scope.least_dropped), usable)
+
+
+def meet_goal(search: Search) -> tuple[int, Allocation]:
+    """Return the hidden width and the allocation of least loss whose true cost is within the goal.
+
+    Where the parts do not add up to the truth, the limit on their sum is moved until the truth meets the goal: down
+    while it is missed, up while more than 1 % is left, a few times. Raises UserError where nothing fits.
+    """
+    goal, limit = search.goal, search.goal.limit
+    best: tuple[float, int, Allocation] | None = None
+    for _ in range(1 if goal.measure is None else MOST_ROUNDS):
+        found = allocate_widths(search.made.__getitem__, search.made, limit, search.solve)
+        if found is None or goal.measure is None:
+            break
+        actual = goal.measure(allocation_shape(search, *found))
+        if actual <= goal.limit and (best is None or actual > best[0]):
+            best = (actual, *found)
+        if NEAR * goal.limit <= actual <= goal.limit or actual <= 0:
+            break
+        limit = int(limit * min(2.0, goal.limit / actual))
+    if best is not None:
+        return best[1], best[2]
+    if found is None or goal.measure is not None:
+        layers = {width: (own[0], own[1]) for width, own in search.made.items()}
+        raise explain_budget(search.recipe, search.goal, layers)
+    return found
+
+
+def allocation_shape(search: Search, width: int, allocation: Allocation) -> ModelShape:
+    """Return the shape that an allocation makes of the dense one."""
+    dense = zip(search.spec.shape.layers, allocation.picks, strict=True)
+    layers = tuple(bare_layer(layer, search.recipe).resize(*pick) for layer, pick in dense if pick is not None)
+    return replace(search.spec.shape, hidden=width, layers=layers)
+
+
+def bare_layer(layer: LayerShape, recipe: Recipe) -> LayerShape:
+    """Return the layer less the norms that the recipe absorbs for certain."""
+    return drop_norms(layer, POST_NORMS) if recipe.absorb == "all" else layer
 
 
 # What can become of a layer
@@ -119,12 +189,14 @@ class Rated:
     drop_loss: float | None
 
 
-def rate_layer(spec: ModelSpec, found: LayerFindings, findings: Findings, recipe: Recipe, prices: Prices) -> Rated:
-    """Return the losses of a layer's counts that the recipe's axes and steps allow."""
+def rate_layer(
+    spec: ModelSpec, found: LayerFindings, findings: Findings, recipe: Recipe, prices: Prices, goal: Goal
+) -> Rated:
+    """Return the losses of a layer's counts that the recipe's axes and the steps allow."""
     layer = spec.shape.layers[found.index]
     kv_price, ffn_price = prices.of_layer(found.index)
-    groups = range(1, layer.kv_heads + 1) if "kv" in recipe.axes else (layer.kv_heads,)
-    step = step_size(layer.ffn, recipe)
+    groups = allowed_counts(layer.kv_heads, goal.kv_step, 1) if "kv" in recipe.axes else (layer.kv_heads,)
+    step = step_size(layer.ffn, recipe, goal.ffn_step)
     channels = allowed_counts(layer.ffn, step, step) if "ffn" in recipe.axes else (layer.ffn,)
     may_go = "layers" in recipe.axes and found.index in findings.drop_order
     return Rated(
@@ -163,19 +235,25 @@ def force_drops(solve: Solver, count: int) -> Solver:
     return solve_rest
 
 
-def make_choices(spec: ModelSpec, rated: Sequence[Rated], recipe: Recipe, width: int) -> list[LayerChoice]:
+def make_choices(
+    spec: ModelSpec, rated: Sequence[Rated], recipe: Recipe, width: int, goal: Goal
+) -> list[LayerChoice]:
     """Return what can become of each layer at one hidden width; empty where no head count can be written there."""
     writable = list_head_counts(spec, recipe, width)
     allowed = [[count for count in layer.groups if count in writable] for layer in rated]
     if not all(allowed):
         return []
-    spread = cache(scale)  # layers alike share one row of costs: a model has many widths and channels
+    costs = goal.costs
+    # Layers alike share one row of costs: a model has many widths and channels.
+    of_groups = cache(lambda own, counts: tuple(costs.attention(own.resize(n), width) for n in counts))
+    of_channels = cache(lambda own, counts: tuple(costs.mlp(own.resize(None, n), width) for n in counts))
+    fixed = cache(lambda own: costs.fixed(own, width))
     made = []
-    for layer, own, groups in zip(rated, spec.shape.layers, allowed, strict=True):
-        group_cost, channel_cost = find_costs(own, width)
-        kv = UnitCurve(tuple(groups), tuple(layer.groups[n] for n in groups), spread(tuple(groups), group_cost))
-        ffn = UnitCurve(layer.channels, layer.channel_losses, spread(layer.channels, channel_cost))
-        made.append(LayerChoice(kv, ffn, own.resize(0, 0).parameters(width), layer.drop_loss))
+    for layer, full, groups in zip(rated, spec.shape.layers, allowed, strict=True):
+        own = bare_layer(full, recipe)
+        kv = UnitCurve(tuple(groups), tuple(layer.groups[n] for n in groups), of_groups(own, tuple(groups)))
+        ffn = UnitCurve(layer.channels, layer.channel_losses, of_channels(own, layer.channels))
+        made.append(LayerChoice(kv, ffn, fixed(own), layer.drop_loss))
     return made
 
 
@@ -209,11 +287,6 @@ def is_accepted(spec: ModelSpec, shape: ModelShape, recipe: Recipe) -> bool:
         return False
 
 
-def scale(counts: tuple[int, ...], cost: int) -> tuple[int, ...]:
-    """Return the cost of each count."""
-    return tuple(cost * count for count in counts)
-
-
 def price(unit: float, damage: float) -> float:
     """Return the predicted loss in nats of one damage."""
     return float(unit * max(damage, 0.0) ** LOSS_EXPONENT)
@@ -224,31 +297,32 @@ def price_hidden(findings: Findings, prices: Prices, width: int) -> float:
     return price(prices.axis.get("hidden", 1.0), findings.hidden_damage(width))
 
 
-def explain_budget(
-    spec: ModelSpec, recipe: Recipe, made: Mapping[int, Sequence[LayerChoice]], budget: int
-) -> UserError:
+def explain_budget(recipe: Recipe, goal: Goal, made: Mapping[int, tuple[Sequence[LayerChoice], int]]) -> UserError:
     """Return the refusal of a budget that nothing fits, naming the bound that stops it and the least that fits."""
     if not made:
         return UserError(
-            f"--keep {recipe.keep:g}: no head count that --axes {','.join(recipe.axes)} leaves can be written for a "
+            f"{goal.asked}: no head count that --axes {','.join(recipe.axes)} leaves can be written for a "
             "stock class at any allowed hidden width; change --axes or --multiple, or use --shapes per-layer."
         )
-    uniform, total = recipe.shapes == "uniform", spec.shape.layer_parameters
-    leasts = {width: find_least_cost(layers, width, uniform) for width, layers in made.items()}
+    uniform = recipe.shapes == "uniform"
+    leasts = {width: find_least_cost(layers, outside, uniform) for width, (layers, outside) in made.items()}
     width = min(leasts, key=leasts.__getitem__)
-    reason = explain_infeasible(made[width], budget, uniform, width).partition(": ")[2].rstrip(".")
-    least = "" if math.isinf(leasts[width]) else f" (--keep {math.ceil(1000 * leasts[width] / total) / 1000:g})"
+    layers, outside = made[width]
+    # Where parts do not add up to the truth, a limit can be met by their sum and yet not by the model.
+    short = goal.limit if leasts[width] > goal.limit else int(leasts[width]) - 1
+    reason = explain_infeasible(layers, short, uniform, outside, goal.unit).partition(": ")[2].rstrip(".")
+    least = "" if math.isinf(leasts[width]) else f" ({goal.again(int(leasts[width]))})"
     return UserError(
-        f"--keep {recipe.keep:g} leaves {budget:,} of {total:,} parameters outside the embeddings, which pruning "
+        f"{goal.asked} leaves {goal.limit:,} of {goal.dense:,} {goal.unit}, which pruning "
         f"{','.join(recipe.axes)} cannot reach: {reason}{least}; more --axes or a smaller --multiple go further."
     )
 
 
-def find_least_cost(layers: Sequence[LayerChoice], width: int, uniform: bool) -> float:
-    """Return the parameters of the smallest model at a hidden width; infinity where layers share no counts."""
+def find_least_cost(layers: Sequence[LayerChoice], outside: int, uniform: bool) -> float:
+    """Return the cost of the smallest model at a hidden width; infinity where layers share no counts."""
     stay = [layer for layer in layers if layer.drop_loss is None]
     least = [find_least(curves, uniform) for curves in ([x.attention for x in stay], [x.mlp for x in stay])]
-    fixed = width + sum(layer.fixed for layer in stay)
+    fixed = outside + sum(layer.fixed for layer in stay)
     return fixed + sum(math.inf if found is None else found[1] for found in least)
 
 

@@ -19,6 +19,7 @@ from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.decoder import compute_logits
 from compress.evaluate import fill_hidden
+from compress.goal import Goal
 from compress.gradients import BackwardOptions, first_order_scores, stream_backward
 from compress.hidden import HiddenStore
 from compress.importance.findings import Findings, collect_findings, reduce_all
@@ -56,12 +57,16 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """One compression: the open dense checkpoint, its description, the calibration text and the recipe."""
+    """One compression: the open dense checkpoint, its description, the calibration text and the recipe.
+
+    `goal`: what the plan must meet, where that is not the recipe's `keep`.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     windows: Windows
     recipe: Recipe
+    goal: Goal | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def storage_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> torch.dtype:
 
 def plan_checkpoint(task: Task, progress: Progress = ignore_progress) -> Plan:
     """Run pass 1 and return the plan (keeping everything needs no pass)."""
-    if task.recipe.keep == 1:
+    if task.recipe.keep == 1 if task.goal is None else task.goal.share == 1:
         return keep_everything(task.spec.shape)
     check_rotation(task.spec, task.recipe)
     findings = find_units(task, progress)
@@ -234,7 +239,7 @@ def plan_turned(task: Task, findings: Findings, progress: Progress) -> Plan:
 
 def open_bench(task: Task) -> Bench:
     """Return where the task's plans are tried."""
-    return Bench(task.checkpoint, task.spec, task.windows, task.recipe)
+    return Bench(task.checkpoint, task.spec, task.windows, task.recipe, task.goal)
 
 
 def describe_run(recipe: Recipe, windows: Windows) -> dict[str, Any]:

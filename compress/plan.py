@@ -226,9 +226,12 @@ def check_indices(values: Any, size: int, where: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def step_size(size: int, recipe: Recipe) -> int:
-    """Return the multiple that a channel count keeps to: never a coarser one than the dense model keeps itself."""
-    return recipe.multiple or math.gcd(size, DEFAULT_MULTIPLE)
+def step_size(size: int, recipe: Recipe, device: int = 0) -> int:
+    """Return the multiple that a channel count keeps to: what the recipe says, else what the device wants, else 16.
+
+    Where nothing is said it is never a coarser one than the dense model keeps itself.
+    """
+    return recipe.multiple or device or math.gcd(size, DEFAULT_MULTIPLE)
 
 
 def grid(size: int, step: int, least: int) -> tuple[int, ...]:

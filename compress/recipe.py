@@ -24,8 +24,10 @@ CHOICES = {
 # Least values; -1 stands for automatic.
 LEAST = {
     "windows": 1, "length": 1, "shard_bytes": 1, "multiple": 0, "score_tokens": 0, "spill_bytes": 0, "absorb_limit": 0,
-    "refine": -1, "trials": -1,
-}  # fmt: skip
+    "refine": -1, "trials": -1, "devices": 1,
+}
+# Only one of these can be met at a time.
+BUDGETS = ("keep", "params", "memory", "speedup", "latency")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,23 @@ class Recipe:
     """Options of `plan` and `compress`; flags and recipe files fill it, and nothing else holds a default."""
 
     keep: float = 0.7
-    """Fraction of non-embedding parameters to keep, 0 < keep <= 1."""
+    """Fraction of non-embedding parameters to keep, 0 < keep <= 1; the budget where no other is given."""
+    params: str = ""
+    """Budget: parameters in all, such as `2.6B` or `350M`."""
+    memory: str = ""
+    """Budget: weights, keys and values on one device at the workload's context and batch, such as `4GiB`."""
+    speedup: str = ""
+    """Budget: how many times as fast as the dense model the workload is predicted to run, such as `1.5x`."""
+    latency: str = ""
+    """Budget: predicted time of the workload, such as `25ms`: of one token (decode), or to the first (prefill)."""
+    profile: str = ""
+    """Device that the result will run on: a profile's name or file; empty: `this-machine`, where it is needed."""
+    workload: str = "decode"
+    """What is timed: `decode`, `prefill`, `PROMPT+OUTPUT[@BATCH]`, or one phase, `decode:PROMPT+OUTPUT[@BATCH]`."""
+    format: str = ""
+    """Number format that is timed and sized: `fp16`, `w8a8`, `int4` and so on; empty: the profile's first."""
+    devices: int = 1
+    """Devices that the model is split over (tensor parallelism)."""
     axes: tuple[str, ...] = AXES
     """What may be pruned: ffn channels, kv groups, hidden width, layers."""
     multiple: int = 0
@@ -102,6 +120,11 @@ class Recipe:
                 raise UserError(f"{flag(name)} must {'not be negative' if least == 0 else f'be at least {least}'}.")
         self.check_repair()
 
+    @property
+    def budget(self) -> str:
+        """The key of the budget to meet."""
+        return next((name for name in BUDGETS[1:] if getattr(self, name)), "keep")
+
     def check_repair(self) -> None:
         """Refuse repairs that have nothing to work on."""
         if self.length == 1:
@@ -119,6 +142,8 @@ class Recipe:
             raise UserError("--ratio influence drops whole layers only: give --axes layers with it.")
         if self.ratio in ("equal", "softmax", "zscore") and set(self.axes) != {"ffn", "kv"}:
             raise UserError(f"--ratio {self.ratio} shares a budget among KV and FFN alone: give --axes ffn,kv with it.")
+        if self.ratio != "loss" and self.budget != "keep":
+            raise UserError(f"{flag(self.budget)} needs --ratio loss: --ratio {self.ratio} shares out parameters only.")
         if self.ratio in ("softmax", "zscore") and self.shapes == "uniform":
             raise UserError(f"--ratio {self.ratio} makes uneven layers: add --shapes per-layer, or use --ratio equal.")
 
@@ -143,6 +168,11 @@ def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
     if unknown:
         raise UserError(f"recipe: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}.")
     values = {**file, **{key: value for key, value in flags.items() if value is not None}}
+    given = [name for name in BUDGETS if flags.get(name)] or [name for name in BUDGETS if file.get(name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(map(flag, given))} are budgets, and a plan meets one: give one of them.")
+    for name in set(BUDGETS[1:]) - set(given):
+        values.pop(name, None)  # a budget of the flags takes the place of the file's
     if isinstance(values.get("axes"), str):
         values["axes"] = [axis.strip() for axis in values["axes"].split(",") if axis.strip()]
     for item in fields(Recipe):

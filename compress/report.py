@@ -63,8 +63,35 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class DeviceReport:
+    """What a profile predicts of a plan: seconds of the workload by class of operation, and bytes on each device.
+
+    `padding`: share of the planned model's multiply-adds that are padding; `warnings`: rules of the device it breaks.
+    """
+
+    profile: str
+    workload: str
+    dense_seconds: Mapping[str, float]
+    seconds: Mapping[str, float]
+    dense_tokens_per_s: float
+    tokens_per_s: float
+    dense_bytes: float
+    bytes: float
+    padding: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the dense model."""
+        return sum(self.dense_seconds.values()) / sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
 class PlanReport:
-    """A plan in numbers: memory and disk are estimates in bytes, the predicted loss is nats per token by axis."""
+    """A plan in numbers: memory and disk are estimates in bytes, the predicted loss is nats per token by axis.
+
+    `run_seconds`: estimated time of calibrating, planning and rebuilding on this machine.
+    """
 
     layers: tuple[LayerRow, ...]
     dense_layer: LayerRow
@@ -81,6 +108,8 @@ class PlanReport:
     predicted_loss: Mapping[str, float] = field(default_factory=dict)
     skipped_sinks: int = 0
     pinned_channels: int = 0
+    run_seconds: float | None = None
+    device: DeviceReport | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.choose import Choice, Prices, Scope, choose_plan, full_scope
 from compress.decoder import compute_logits
 from compress.errors import UserError
+from compress.goal import Goal
 from compress.gradients import PIECE_VALUES, SAMPLED, BackwardOptions, sensitivities
 from compress.importance.findings import Findings
 from compress.plan import Plan, keep_everything
@@ -49,12 +50,18 @@ def ignore(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where plans are tried: the dense model, the text, and the recipe."""
+    """Where plans are tried: the dense model, the text, the recipe, and a goal other than the recipe's `keep`."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
     windows: Windows
     recipe: Recipe
+    goal: Goal | None = None
+
+    @property
+    def share(self) -> float:
+        """What the budget leaves of the dense model's cost."""
+        return self.recipe.keep if self.goal is None else self.goal.share
 
 
 def count_trials(bench: Bench) -> int:
@@ -82,7 +89,7 @@ def search_plan(bench: Bench, findings: Findings, progress: Progress) -> Plan:
         axis = {}
         if recipe.ratio == "loss" and len(recipe.axes) > 1:
             axis = weigh_axes(bench.checkpoint, spec, findings, bench.windows, recipe.axes)
-        return settle(bench, findings, choose_plan(spec, findings, recipe, Prices(axis)).plan)
+        return settle(bench, findings, choose_plan(spec, findings, recipe, Prices(axis), goal=bench.goal).plan)
     measured = price_axes(bench, findings, progress)
     choices = list_choices(bench, findings, make_prices(findings, measured))
     layers = price_layers(bench) if trials > 1 else {}
@@ -121,7 +128,7 @@ def price_axes(bench: Bench, findings: Findings, progress: Progress = ignore) ->
 
     Absorbed norms cost something with nothing cut at all; that is no axis's fault.
     """
-    recipe, cut = bench.recipe, 1 - bench.recipe.keep
+    recipe, cut = bench.recipe, 1 - bench.share
     base = 0.0
     if recipe.absorb != "none":
         base = measure_plan(bench, settle(bench, findings, keep_everything(bench.spec.shape)))
@@ -176,21 +183,23 @@ def list_choices(bench: Bench, findings: Findings, prices: Prices) -> list[Choic
     """Return different plans, best prediction first: the optimum, and the optima of other depths and widths."""
     spec, recipe = bench.spec, bench.recipe
     found: dict[tuple[object, ...], Choice] = {}
-    for scope in list_scopes(spec, findings, recipe):
+    for scope in list_scopes(spec, findings, recipe, bench.goal):
         try:
-            choice = choose_plan(spec, findings, recipe, prices, scope)
+            choice = choose_plan(spec, findings, recipe, prices, scope, bench.goal)
         except UserError:
             continue
         choice = replace(choice, plan=settle(bench, findings, choice.plan))
         found.setdefault((choice.plan.hidden, choice.plan.layers), choice)
     if not found:
-        choose_plan(spec, findings, recipe, prices)  # says which bound stops it
+        choose_plan(spec, findings, recipe, prices, goal=bench.goal)  # says which bound stops it
     return sorted(found.values(), key=lambda choice: choice.loss)
 
 
-def list_scopes(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Iterator[Scope]:
+def list_scopes(
+    spec: ModelSpec, findings: Findings, recipe: Recipe, goal: Goal | None = None
+) -> Iterator[Scope]:
     """Yield the full scope and parts of it: each number of dropped layers with all widths, then with few of them."""
-    full = full_scope(spec, findings, recipe)
+    full = full_scope(spec, findings, recipe, goal)
     yield full
     shares = sorted({min(full.widths, key=lambda w: abs(w - share * spec.shape.hidden)) for share in (1.0, 0.9, 0.8)})
     for dropped in range(min(full.most_dropped, len(spec.layers) // 2) + 1):

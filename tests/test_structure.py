@@ -27,7 +27,7 @@ LAYERS = (
     {"family", "rope", "spec"},
     {"checkpoint", "weights", "decoder", "text", "hidden"},
     {"stats", "calibrate", "sample", "gradients"},
-    {"importance", "solve", "knapsack", "allocate"},
+    {"importance", "solve", "knapsack", "allocate", "goal"},
     {"plan", "surgery", "probe", "choose", "settle", "quantize", "evaluate"},
     {"recover", "trials"},
     {"pipeline"},
