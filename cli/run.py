@@ -20,7 +20,7 @@ from backends.export_onnx import export_onnx
 from backends.runtime import Speed
 from backends.verify import verify_folder
 from cli import options
-from cli.budget import Device, describe_workload
+from cli.budget import THIS_MACHINE, Device, describe_workload
 from cli.console import Console, RunFailure
 from cli.estimate import estimate_disk, estimate_memory, estimate_seconds
 from cli.measure import Model
@@ -295,12 +295,19 @@ def compare_run(job: Job, written: Model, texts: Texts, clock: Clock, console: C
         size = speeds.fit_size(request.speed, [dense, written])
         with clock.time("bench"):
             rates = measure_run([dense, written], request.export, size, console)
-        notes[1] = speeds.describe_speed(rates[1], size, runtime)
+        notes[1] = speeds.describe_speed(rates[1], size, runtime) + describe_place(job.device)
     sides = [
         speeds.merge_metrics(model, quality, rate)
         for model, quality, rate in zip((dense, written), qualities, rates, strict=True)
     ]
     return Comparison(sides[0], sides[1], *notes)
+
+
+def describe_place(device: Device | None) -> str:
+    """Return a sentence where the speed was measured on another machine than the one planned for."""
+    if device is None or device.profile.name == THIS_MACHINE:
+        return ""
+    return f" Measured on this machine, not on {device.profile.name}, for which the plan was made."
 
 
 def measure_run(models: list[Model], export: bool, size: BenchSize, console: Console) -> list[Speed]:

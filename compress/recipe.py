@@ -173,6 +173,9 @@ def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
         raise UserError(f"{' and '.join(map(flag, given))} are budgets, and a plan meets one: give one of them.")
     for name in set(BUDGETS[1:]) - set(given):
         values.pop(name, None)  # a budget of the flags takes the place of the file's
+    for name in BUDGETS[1:]:
+        if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
+            values[name] = str(values[name])  # `speedup: 1.5` in a file
     if isinstance(values.get("axes"), str):
         values["axes"] = [axis.strip() for axis in values["axes"].split(",") if axis.strip()]
     for item in fields(Recipe):

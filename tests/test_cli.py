@@ -330,7 +330,8 @@ def write_plan_of(source, file, edit=lambda data: None):
 
 def test_flags_that_a_plan_file_decides_are_refused(model, tmp_path):
     values = {
-        "keep": 0.5, "axes": "ffn", "multiple": 8, "shapes": "per-layer", "ratio": "loss", "trials": 3, "score": "flap",
+        "keep": 0.5, "params": "1M", "memory": "1MB", "speedup": "2x", "latency": "1ms",
+        "axes": "ffn", "multiple": 8, "shapes": "per-layer", "ratio": "loss", "trials": 3, "score": "flap",
         "score_tokens": 96, "depth": "clap", "absorb": "safe", "absorb_limit": 0.1, "absorb_constant": "mean-inverse",
     }  # fmt: skip
     assert set(values) == set(PLAN_KEYS)
@@ -527,7 +528,10 @@ GIVEN = [
         "rotate": "pca", "repair": "diagonal", "biases": "own", "target": "dense", "windows": 5, "length": 12,
         "score_tokens": 48, "field": "story", "seed": 4, "shard_bytes": 999, "spill_bytes": 888,
     },
-    {"trials": 3, "inputs": "lstsq", "refine": 7},
+    {"trials": 3, "inputs": "lstsq", "refine": 7, "params": "1M"},
+    {"memory": "1MB", "profile": "cpu-avx2"},
+    {"speedup": "1.5", "workload": "9+9", "format": "int8"},
+    {"latency": "3ms", "devices": 2},
 ]  # fmt: skip
 
 
@@ -544,6 +548,40 @@ def test_flags_and_recipe_file_fill_every_key(tmp_path, monkeypatch):
         assert seen[-1] == seen[-2] == Recipe(**expected)
         keys += [key for key, value in expected.items() if value != getattr(Recipe(), key)]
     assert set(keys) == {item.name for item in fields(Recipe)}
+
+
+# Budgets and devices
+
+
+def test_a_speed_budget_runs_from_plan_to_table(model, text, tmp_path):
+    """The plan meets the prediction, and the table says that the speeds were not measured on that device."""
+    device = ("--speedup", "1.3x", "--profile", "cpu-avx2", "--workload", "decode:16+8")
+    source = model("llama")
+    planned = run("plan", source, *device, "--text", text, "--trials", 0, *PLAIN, "--json")
+    assert planned.exit_code == 0, planned.stderr
+    found = json.loads(planned.stdout)["device"]
+    assert sum(found["dense_seconds"].values()) / sum(found["seconds"].values()) >= 1.3
+    assert found["profile"] == "cpu-avx2"
+    done = run(
+        "compress", source, *device, "--text", text, "--trials", 0, "--refine", 0, "--no-verify", *PLAIN,
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "predicted time" in done.stdout
+    assert "x as fast on cpu-avx2, one token after a prompt of 16" in done.stdout
+    assert "not on cpu-avx2" in " ".join(done.stdout.split())
+
+
+def test_a_shape_that_the_device_does_not_like_is_said(model, text):
+    done = run("plan", model("llama"), "--keep", 0.9, "--profile", "ascend-910b2", "--devices", 2, "--text", text, *PLAIN)
+    assert done.exit_code == 0, done.stderr
+    assert "lightpress: warning: the head" in done.stderr.lower()
+    assert "vocabulary of 96" not in done.stderr  # 48 on each of two devices
+
+
+def test_too_little_memory_is_said_before_the_work(model, text, monkeypatch):
+    monkeypatch.setattr("cli.prepare.free_memory", lambda: 2**20)
+    refuse(("plan", model("llama"), "--text", text, *PLAIN), ["of memory", "1.0 MiB are free", "--windows"])
 
 
 # What a plan says
