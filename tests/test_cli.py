@@ -573,7 +573,8 @@ def test_a_speed_budget_runs_from_plan_to_table(model, text, tmp_path):
 
 
 def test_a_shape_that_the_device_does_not_like_is_said(model, text):
-    done = run("plan", model("llama"), "--keep", 0.9, "--profile", "ascend-910b2", "--devices", 2, "--text", text, *PLAIN)
+    device = ("--profile", "ascend-910b2", "--devices", 2)
+    done = run("plan", model("llama"), "--keep", 0.9, *device, "--text", text, *PLAIN)
     assert done.exit_code == 0, done.stderr
     assert "lightpress: warning: the head" in done.stderr.lower()
     assert "vocabulary of 96" not in done.stderr  # 48 on each of two devices
