@@ -39,14 +39,16 @@ class EagerModel:
         """Number of token ids."""
         return self.spec.shape.vocab
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, EagerCache]:
+    def prefill(self, ids: Ids, mask: Ids | None = None, every: bool = True) -> tuple[Logits, EagerCache]:
         """Run prompts `[batch, sequence]` of equal length; return logits `[batch, sequence, vocab]` and the cache.
+
+        Without `every` there are logits of the last position only.
 
         Raises ValueError for a mask with padding, which the decoder does not know: run rows of unequal length apart.
         """
         if mask is not None and not mask.all():
             raise ValueError("the eager runtime takes no padding: run prompts of unequal length one by one")
-        return self._run(ids, None)
+        return self._run(ids, None, every)
 
     def decode(self, ids: Ids, cache: EagerCache) -> tuple[Logits, EagerCache]:
         """Run further tokens `[batch, new]` after a cache, which stays valid; return logits and the longer cache."""
@@ -57,7 +59,7 @@ class EagerModel:
         return generate_greedily(self, ids, count, stop)
 
     @torch.inference_mode()
-    def _run(self, ids: Ids, cache: EagerCache | None) -> tuple[Logits, EagerCache]:
+    def _run(self, ids: Ids, cache: EagerCache | None, every: bool = True) -> tuple[Logits, EagerCache]:
         start = cache.length if cache else 0
         frame = make_frame(self.spec, len(ids), ids.shape[1], start, self.embedding.dtype)
         x = self.embedding[torch.tensor(ids)] * self.spec.embedding_multiplier
@@ -65,7 +67,7 @@ class EagerModel:
         for index, (layer, weights) in enumerate(zip(self.spec.layers, self.layers, strict=True)):
             x, own = run_layer(self.spec, layer, weights, x, frame, cache.layers[index] if cache else None)
             present.append(own)
-        logits: Logits = compute_logits(self.spec, self.head, x).numpy()
+        logits: Logits = compute_logits(self.spec, self.head, x if every else x[:, -1:]).numpy()
         return logits, EagerCache(tuple(present), start + ids.shape[1])
 
 

@@ -6,41 +6,90 @@ Nothing is traced: the graph is written from the same description that `compress
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from onnx import TensorProto
 
-from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GraphBuilder
+from backends.genai import write_genai_config
+from backends.onnx_fused import (
+    MICROSOFT,
+    Stored,
+    Stream,
+    Weights,
+    emit_fused_frame,
+    emit_fused_layer,
+    emit_product,
+    emit_stream_norm,
+    store_fused,
+    store_quantised,
+)
+from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GRAPH_FILE, GraphBuilder
 from backends.onnx_layers import emit_capped, emit_frame, emit_layer, emit_norm, emit_scaled, store_layer
 from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import check_space
 from compress.errors import UserError
+from compress.quantize.blocks import Quantised
 from compress.spec import ModelSpec
 from compress.weights import read_layer, read_spec
 
-GRAPH_NAME = "model.onnx"
+GRAPH_NAME = GRAPH_FILE
 DATA_NAME = "model.onnx.data"
 GRAPH_ROOM = 64 * 2**20  # bytes, more than the graph and the tokenizer files of any model take
 Progress = Callable[[int, int], None]
 PAST = "past_sequence"
 TOTAL = "past_sequence + sequence"
+KEEP = "logits_to_keep"  # how many of the last positions get logits; a graph input with a default
+EVERYTHING = 2**31 - 1
+
+
+class Quantiser(Protocol):
+    """What turns weights into quantised ones, layer by layer in order; what it leaves alone stays float32."""
+
+    def quantise_layer(self, index: int, weights: Weights) -> Weights:
+        """Return one layer's weights by role, matrices quantised."""
+        ...
+
+    def quantise_ends(self, checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Quantised | None, Quantised | None]:
+        """Return embedding and output head, each None where it stays as it is; a tied model's are one object."""
+        ...
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """How the graph is written.
+
+    `fused`: with ONNX Runtime's own operators, else with those of the ONNX standard alone. `dtype` is float32, or
+    float64 for proofs of standard graphs. `quantiser`: what becomes of the weights of a fused graph.
+    """
+
+    fused: bool = True
+    dtype: torch.dtype = torch.float32
+    quantiser: Quantiser | None = None
+
+
+FUSED, STANDARD = GraphForm(), GraphForm(fused=False)
 
 
 def export_onnx(
-    checkpoint: Checkpoint, folder: Path, progress: Progress | None = None, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, folder: Path, progress: Progress | None = None, form: GraphForm = FUSED
 ) -> Path:
     """Write model.onnx, model.onnx.data and the tokenizer files into `folder` and return the graph's path.
 
-    Inputs: input_ids, position_ids `[batch, sequence]`, attention_mask `[batch, past + sequence]` (int64), and per
-    layer past_key_values.N.key/.value `[batch, kv_heads, past, head_dim]`; outputs: logits `[batch, sequence, vocab]`
-    and present.N.key/.value. `progress` gets layers written and all layers. `dtype` is float32, or float64 for proofs.
+    Inputs: input_ids `[batch, sequence]`, attention_mask `[batch, past + sequence]` (int64), position_ids as input_ids
+    (standard graphs only), and per layer past_key_values.N.key/.value `[batch, kv_heads, past, head_dim]`; outputs:
+    logits `[batch, sequence, vocab]` and present.N.key/.value. A fused graph computes the logits of the last positions
+    alone, as many as its input logits_to_keep says, if that is given. `progress` gets layers written and all layers.
     Raises UserError when the checkpoint does not fit its config, or the folder cannot be written.
     """
+    dtype = form.dtype
     if dtype not in ELEMENT_TYPES:
         raise UserError(f"An ONNX graph of {dtype} is not supported; export it as torch.float32.")
     spec = read_spec(checkpoint)
@@ -48,13 +97,25 @@ def export_onnx(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FolderWriter(folder) as writer:
-            write_model(writer, checkpoint, spec, progress, dtype)
+            write = write_fused if form.fused else write_model
+            write(writer, checkpoint, spec, progress, form)
         for file in checkpoint.side_files():
             shutil.copyfile(file, folder / file.name)
+        if form.fused:
+            write_genai_config(folder, spec, read_generation(checkpoint.folder))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"{folder} cannot be written ({reason}); choose another output folder.") from error
     return folder / GRAPH_NAME
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """Return what generation_config.json says, nothing where there is none that can be read."""
+    try:
+        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 class FolderWriter:
@@ -108,10 +169,32 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_fused(
+    writer: FolderWriter, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress | None, form: GraphForm
+) -> None:
+    """Stream the weights, quantised if asked for, into the data file while the fused graph grows; write the graph."""
+    graph, quantiser = GraphBuilder(writer.data, DATA_NAME), form.quantiser
+    declare_interface(graph, spec, fused=True)
+    frame = emit_fused_frame(graph, spec)
+    ends = store_ends(graph, checkpoint, spec, quantiser)
+    stream = Stream(emit_scaled(graph, ends.embed(graph, "input_ids"), spec.embedding_multiplier))
+    for index in range(len(spec.layers)):
+        weights: Weights = dict(read_layer(checkpoint, spec, index, torch.float32))
+        weights = quantiser.quantise_layer(index, weights) if quantiser else weights
+        stored = store_fused(graph, spec, f"layers.{index}", weights)
+        stream = emit_fused_layer(graph, spec, index, stored, stream, frame)
+        if progress is not None:
+            progress(index + 1, len(spec.layers))
+    norm = checkpoint.read_one(spec.names["final_norm"], torch.float32) + spec.norm_offset
+    emit_last_logits(graph, spec, stream, graph.store("final_norm.weight", norm), ends)
+    writer.write_graph(graph.build_model("lightpress").SerializeToString(deterministic=True))
+
+
 def write_model(
-    writer: FolderWriter, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress | None, dtype: torch.dtype
+    writer: FolderWriter, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress | None, form: GraphForm
 ) -> None:
     """Stream the weights into the data file while the graph grows, then write the graph."""
+    dtype = form.dtype
     graph = GraphBuilder(writer.data, DATA_NAME, dtype)
     declare_interface(graph, spec)
     frame = emit_frame(graph, spec)
@@ -133,11 +216,12 @@ def shares_matrix(spec: ModelSpec) -> bool:
     return spec.shape.tied or spec.names["embed"] == spec.names["head"]
 
 
-def declare_interface(graph: GraphBuilder, spec: ModelSpec) -> None:
+def declare_interface(graph: GraphBuilder, spec: ModelSpec, fused: bool = False) -> None:
     """Declare the graph's inputs and outputs, in the order that runtimes expect."""
     graph.add_input("input_ids", ("batch", "sequence"), TensorProto.INT64)
     graph.add_input("attention_mask", ("batch", TOTAL), TensorProto.INT64)
-    graph.add_input("position_ids", ("batch", "sequence"), TensorProto.INT64)
+    if not fused:
+        graph.add_input("position_ids", ("batch", "sequence"), TensorProto.INT64)
     graph.add_output("logits", ("batch", "sequence", spec.shape.vocab))
     for index, layer in enumerate(spec.shape.layers):
         for part in ("key", "value"):
@@ -178,3 +262,71 @@ def emit_logits(graph: GraphBuilder, spec: ModelSpec, value: str, norm: str, mat
     rows = graph.add("MatMul", normed, graph.add("Transpose", matrix, perm=[1, 0]), output="" if capped else "logits")
     if capped:
         emit_capped(graph, rows, 1.0 / spec.logit_divisor, spec.logit_softcap, output="logits")
+
+
+# Embedding and head of a fused graph
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Embedding and head as stored: the name of a float matrix `[vocab, hidden]`, or a quantised product."""
+
+    embedding: str | Stored
+    head: str | Stored
+
+    def embed(self, graph: GraphBuilder, ids: str) -> str:
+        """Append the rows of token ids."""
+        graph.scope = "embed"
+        table = self.embedding
+        if isinstance(table, str):
+            return graph.add("Gather", table, ids)
+        codes, scales, *zeros = table.names
+        # The same bytes as the head's, seen as one row per token; runtimes fold the Reshape of a constant.
+        rows = graph.add("Reshape", codes, graph.integers(table.outputs, -1))
+        return graph.add(
+            "GatherBlockQuantized", rows, ids, scales, *zeros, domain=MICROSOFT, bits=table.bits,
+            block_size=table.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def project(self, graph: GraphBuilder, value: str) -> str:
+        """Append the product with the output head."""
+        if isinstance(self.head, Stored):
+            return emit_product(graph, self.head, value)
+        return graph.add("MatMul", value, graph.add("Transpose", self.head, perm=[1, 0]))
+
+
+def store_ends(
+    graph: GraphBuilder, checkpoint: Checkpoint, spec: ModelSpec, quantiser: Quantiser | None
+) -> Ends:
+    """Store embedding and head, once where they are the same."""
+    small = quantiser.quantise_ends(checkpoint, spec) if quantiser else (None, None)
+    stored: list[str | Stored] = []
+    for matrix, name in zip(small, ("embed", "head"), strict=True):
+        if name == "head" and shares_matrix(spec) and matrix is small[0]:
+            stored.append(stored[0])
+        elif matrix is None:
+            stored.append(store_matrix(graph, checkpoint, spec.names[name], f"{name}.weight"))
+        else:
+            stored.append(store_quantised(graph, name, [matrix], ""))
+    return Ends(*stored)
+
+
+def emit_last_logits(graph: GraphBuilder, spec: ModelSpec, stream: Stream, norm: str, ends: Ends) -> None:
+    """Append the final norm and the head for all positions, or the last ones that the input `logits_to_keep` asks for.
+
+    onnxruntime-genai, which does not know that input, wants all.
+    """
+    graph.scope = "head"
+    keep = graph.add_default(KEEP, EVERYTHING)
+    start = graph.add("Neg", keep)
+    last = [
+        graph.add("Slice", part, start, graph.integers(EVERYTHING), graph.integers(1))
+        for part in (stream.value, stream.added)
+        if part
+    ]
+    normed, _ = emit_stream_norm(graph, spec, Stream(*last), norm)
+    capped = spec.logit_divisor != 1.0 or spec.logit_softcap is not None
+    if not capped:
+        graph.rename(ends.project(graph, normed), "logits")
+        return
+    emit_capped(graph, ends.project(graph, normed), 1.0 / spec.logit_divisor, spec.logit_softcap, output="logits")

@@ -48,7 +48,7 @@ STREAM = (4096, 8192)  # 128 MiB: beyond the last cache of nearly all machines
 CACHED = (1024, 2048)  # 8 MiB: inside it
 # Sizes of the random decoders: hidden, FFN, heads, layers. Small ones are all fixed cost; the last one computes.
 DECODERS = (
-    (128, 256, 4, 2), (96, 448, 12, 10), (256, 704, 8, 6), (384, 1536, 6, 8), (512, 1408, 8, 4), (1024, 2816, 16, 3),
+    (128, 256, 4, 2), (192, 448, 12, 10), (256, 704, 8, 6), (384, 1536, 6, 8), (512, 1408, 8, 4), (1024, 2816, 16, 3),
 )  # fmt: skip
 PROMPTS, CONTEXTS = (32, 128, 512), (32, 512, 960)
 STEPS = 8  # decode steps that are timed at one context
@@ -167,6 +167,11 @@ def find_cache() -> float:
     return max(sizes)
 
 
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_memory() -> float:
     """Return the GiB of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -221,7 +226,7 @@ def time_decoder(model: OrtModel, shape: ModelShape) -> list[Sample]:
 def time_prefill(model: OrtModel, prompt: int, least: float = 0.05) -> float:
     """Return the seconds of one prefill."""
     ids = np.random.default_rng(0).integers(0, model.vocab, (1, prompt), dtype=np.int64)
-    return time_call(lambda: model.prefill(ids), least, 3)
+    return time_call(lambda: model.prefill(ids, every=False), least, 3)
 
 
 def time_decode(model: OrtModel, context: int, steps: int, least: float = 0.05) -> float:
@@ -251,16 +256,16 @@ def draft_profile(
     peak, half = product
     stream, cached = bandwidths
     elements, launch = vector
-    count = threads or os.cpu_count() or 1
+    count, cache = threads or count_cores(), find_cache()
     return Profile(
         name, f"This machine, measured with ONNX Runtime {onnxruntime.__version__} on {count} threads.", "cpu",
         Compute({"fp32": round_number(peak)}, 1.0, 0.5, half, 0.5, elements, 32.0, count, GRAIN),
-        Memory(round(find_memory(), 1), round_number(stream), 1.0, 1.0, find_cache(), round_number(cached)),
+        Memory(round(find_memory(), 1), round_number(stream), 1.0, 1.0, cache, round_number(cached) if cache else 0.0),
         Overhead(round_number(launch), round_number(launch), 0.0, 10.0, 4.0, 1.0),
         Link(1, 0.0, 1.0),
         Rules({"fp32": (1, 1)}, 16, 1, 1, uneven_layers=True),
         Formats(("fp32",), ("fp32",), ("fp32",), ()),
-        Runtime("onnxruntime", "onnx", 8.0, 3.0, 3.0, 30.0, 7.0, all_logits=True),
+        Runtime("onnxruntime", "onnx", 2.0, 0.5, 1.5, 8.0, 4.0, all_logits=False),
         {section: "measured by lightpress profiles measure" for section in SECTIONS},
     )  # fmt: skip
 
@@ -270,13 +275,13 @@ SECTIONS = ("compute", "memory", "overhead", "link", "rules", "runtime")
 # deviation of its logarithm): single operations tell some constants well, and others not at all.
 FITTED: dict[str, tuple[float, float, float, float]] = {
     "step_us": (20.0, 0.1, 1e4, 1.0),
-    "vector_ops": (40.0, 1.0, 400.0, 0.7),
+    "vector_ops": (8.0, 0.5, 400.0, 0.7),
     "matrix_op_us": (3.0, 0.1, 50.0, 0.7),
     "parallel_us": (4.0, 0.1, 50.0, 0.7),
     "head_us": (1.0, 0.05, 50.0, 0.7),
-    "state_passes": (3.0, 0.2, 30.0, 0.5),
-    "head_passes": (10.0, 1.0, 60.0, 0.5),
-    "score_passes": (3.0, 0.2, 60.0, 0.5),
+    "state_passes": (1.5, 0.2, 30.0, 0.5),
+    "head_passes": (2.0, 0.2, 60.0, 0.5),
+    "score_passes": (0.5, 0.02, 60.0, 0.7),
     "attention_efficiency": (0.6, 0.2, 1.0, 0.3),
     "half_rows": (12.0, 0.5, 100.0, 0.7),
     "half_width": (32.0, 1.0, 400.0, 0.7),

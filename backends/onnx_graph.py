@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+GRAPH_FILE = "model.onnx"
 OPSET = 18  # the newest that Ascend's ATC reads
 IR_VERSION = 8  # the one that came with opset 18
 ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE}
@@ -96,10 +97,38 @@ class GraphBuilder:
         self.initializers.append(self._describe_external(name, shape, start, length))
         return name
 
+    def store_array(self, name: str, values: torch.Tensor, element_type: int) -> str:
+        """Append a tensor of another type than the graph's to the data file and return the initializer's name."""
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        start = self._align_data(PAGE if len(data) >= PAGED_FROM else CACHE_LINE)
+        self.data.write(data)
+        tensor = self._describe_external(name, tuple(values.shape), start, len(data))
+        tensor.data_type = element_type
+        self.initializers.append(tensor)
+        return name
+
+    def add_default(self, name: str, value: int) -> str:
+        """Declare an int64 vector input of one value that need not be given."""
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1]))
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
+        return name
+
+    def rename(self, value: str, name: str) -> None:
+        """Give the output of the last node another name, such as that of a graph output."""
+        node = self.nodes[-1]
+        if node.output[0] != value:
+            raise ValueError(f"{value} is not what the last node gives")
+        node.output[0] = name
+
+    def name(self, what: str) -> str:
+        """Return a fresh name for an output of the next node."""
+        return self._name_output(what)
+
     def build_model(self, producer: str) -> ModelProto:
         """Return the model that holds all that was added."""
         graph: GraphProto = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.initializers)
-        opsets = [helper.make_opsetid("", OPSET)]
+        domains = dict.fromkeys(node.domain for node in self.nodes if node.domain)
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer)
 
     def _name_output(self, operator: str) -> str:

@@ -74,23 +74,23 @@ def score_rank(layer: LayerSpec) -> int:
     return GROUPED_RANK if layer.shape.group > 1 else GROUPED_RANK - 1
 
 
-def emit_tables(graph: GraphBuilder, rope: RopeSpec) -> tuple[str, str]:
-    """Append cosine and sine `[B, S, 1, dim / 2]` of one rotary embedding."""
-    positions = graph.add("Cast", "position_ids", to=graph.element_type)
+def emit_tables(graph: GraphBuilder, rope: RopeSpec, ids: str = "position_ids") -> tuple[str, str]:
+    """Append cosine and sine `[B, S, 1, dim / 2]` of one rotary embedding at the positions `ids` `[B, S]`."""
+    positions = graph.add("Cast", ids, to=graph.element_type)
     places = graph.add("Unsqueeze", positions, graph.integers(-2, -1))
-    angles = graph.add("Mul", places, emit_frequencies(graph, rope))
+    angles = graph.add("Mul", places, emit_frequencies(graph, rope, ids))
     scale = compute_scale(rope)
     tables = [graph.add(function, angles) for function in ("Cos", "Sin")]
     cos, sin = (emit_scaled(graph, table, scale) for table in tables)
     return cos, sin
 
 
-def emit_frequencies(graph: GraphBuilder, rope: RopeSpec) -> str:
+def emit_frequencies(graph: GraphBuilder, rope: RopeSpec, ids: str) -> str:
     """Append the inverse frequencies `[dim / 2]`; longrope chooses between two sets by the largest position."""
     short = graph.numbers(compute_frequencies(rope, graph.dtype))
     if rope.long_after is None:
         return short
-    last = graph.add("ReduceMax", "position_ids", keepdims=0)
+    last = graph.add("ReduceMax", ids, keepdims=0)
     beyond = graph.add("GreaterOrEqual", last, graph.integer(rope.long_after))
     return graph.add("Where", beyond, graph.numbers(compute_frequencies(rope, graph.dtype, long=True)), short)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # its stubs are a package of their own
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from backends.runtime import Ids, Logits, Speed, generate_greedily, measure, measure_pair
@@ -21,6 +22,8 @@ __all__ = ["OrtCache", "OrtModel", "Speed", "measure", "measure_pair", "open_onn
 GRAPH_NAME = "model.onnx"
 QUIET = 4  # onnxruntime's log level "fatal": what it would log, it also raises
 PAST_PREFIX = "past_key_values."
+KEEP = "logits_to_keep"  # an input that only fused graphs have
+SPARE_TOKENS = 256  # room that a new cache has beyond the prompt, and its step
 REFUSALS = (
     state.EPFail,
     state.Fail,
@@ -44,31 +47,60 @@ class OrtCache:
 
 
 @dataclass(frozen=True)
+class SharedCache:
+    """Keys and values in buffers that the graph appends to in place, and the tokens `length` of them that count.
+
+    Caches that follow from each other share their buffers: an earlier one stays valid as long as nothing else is
+    decoded after it.
+    """
+
+    binding: Any
+    buffers: tuple[NDArray[Any], ...]
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into the buffers."""
+        return int(self.buffers[0].shape[2])
+
+
+@dataclass(frozen=True)
 class OrtModel:
-    """An open ONNX folder: the session, and the name, element type and sizes of each past tensor."""
+    """An open ONNX folder: the session, and the name, element type and sizes of each past tensor.
+
+    `fused`: the graph keeps its cache in place and computes the logits of the last positions only.
+    """
 
     folder: Path
     session: Any
     past: tuple[tuple[str, Any, tuple[int, int]], ...]
+    fused: bool = False
 
     @property
     def vocab(self) -> int:
         """Number of token ids."""
         return int(self.session.get_outputs()[0].shape[-1])
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, OrtCache]:
-        """Run prompts `[batch, sequence]`; `mask` is 0 where a row is padded on the left.
+    def prefill(self, ids: Ids, mask: Ids | None = None, every: bool = True) -> tuple[Logits, Any]:
+        """Run prompts `[batch, sequence]`; `mask` is 0 where a row is padded on the left (standard graphs only).
 
-        Returns logits `[batch, sequence, vocab]` (arbitrary but finite at padded places) and the cache.
+        Returns logits `[batch, sequence, vocab]` (arbitrary but finite at padded places), or of the last position alone
+        unless `every` is asked for (fused graphs only), and the cache. Raises ValueError for padding in a fused graph.
         """
+        if self.fused:
+            if mask is not None and not mask.all():
+                raise ValueError("a fused graph takes no padding: run prompts of unequal length one by one")
+            return self._run_shared(ids, self._open_cache(len(ids), ids.shape[1]), every)
         empty = tuple(
             onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((len(ids), heads, 0, size), dtype))
             for _, dtype, (heads, size) in self.past
         )
         return self._run(ids, empty, np.ones_like(ids) if mask is None else mask)
 
-    def decode(self, ids: Ids, cache: OrtCache) -> tuple[Logits, OrtCache]:
+    def decode(self, ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """Run further tokens `[batch, new]` after a cache, which stays valid; return logits and the longer cache."""
+        if self.fused:
+            return self._run_shared(ids, cache, every=True)
         return self._run(ids, cache.values, np.concatenate([cache.mask, np.ones_like(ids)], 1))
 
     def generate(self, ids: Ids | Sequence[int], count: int, stop: Collection[int] = frozenset()) -> list[int]:
@@ -87,6 +119,55 @@ class OrtModel:
         logits, *present = self.session.run_with_ort_values(None, feeds)
         return logits.numpy(), OrtCache(tuple(present), mask)
 
+    def _open_cache(self, batch: int, length: int) -> SharedCache:
+        """Return an empty cache with room for `length` tokens and some more, bound to the graph once."""
+        room = -(-(length + SPARE_TOKENS) // SPARE_TOKENS) * SPARE_TOKENS
+        buffers = tuple(np.zeros((batch, heads, room, size), dtype) for _, dtype, (heads, size) in self.past)
+        return SharedCache(self._bind(buffers), buffers, 0)
+
+    def _bind(self, buffers: tuple[NDArray[Any], ...]) -> Any:
+        """Bind buffers as past and present."""
+        binding = self.session.io_binding()
+        for (name, dtype, _), buffer in zip(self.past, buffers, strict=True):
+            present = f"present.{name.removeprefix(PAST_PREFIX)}"
+            binding.bind_input(name, "cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
+            binding.bind_output(present, "cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
+        return binding
+
+    def _grow(self, cache: SharedCache, length: int) -> SharedCache:
+        """Return the cache in buffers with room for `length` tokens, at least half as large again."""
+        room = max(length + SPARE_TOKENS, cache.capacity * 3 // 2)
+        buffers = tuple(np.zeros((*old.shape[:2], room, old.shape[3]), old.dtype) for old in cache.buffers)
+        for new, old in zip(buffers, cache.buffers, strict=True):
+            new[:, :, : cache.length] = old[:, :, : cache.length]
+        return SharedCache(self._bind(buffers), buffers, cache.length)
+
+    def _run_columns(self, ids: Ids, cache: SharedCache) -> tuple[Logits, SharedCache]:
+        parts = []
+        for place in range(ids.shape[1]):
+            logits, cache = self._run_shared(ids[:, place : place + 1], cache, every=True)
+            parts.append(logits)
+        return np.concatenate(parts, 1), cache
+
+    def _run_shared(self, ids: Ids, cache: SharedCache, every: bool) -> tuple[Logits, SharedCache]:
+        if len(ids) > 1 and ids.shape[1] > 1 and cache.length:  # the operator takes several new tokens of one row only
+            return self._run_columns(ids, cache)
+        total = cache.length + ids.shape[1]
+        if total > cache.capacity:
+            cache = self._grow(cache, total)
+        kept = ids.shape[1] if every else 1
+        logits = np.empty((len(ids), kept, self.vocab), np.float32)
+        feeds = {
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int64),
+            "attention_mask": np.ones((len(ids), total), np.int64),
+            KEEP: np.array([kept], np.int64),
+        }
+        for name, value in feeds.items():
+            cache.binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        cache.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self.session.run_with_iobinding(cache.binding)
+        return logits, replace(cache, length=total)
+
 
 def open_onnx(folder: Path, threads: int | None = None) -> OrtModel:
     """Open `folder`/model.onnx on the CPU with that many threads (None: onnxruntime's choice).
@@ -103,7 +184,8 @@ def open_onnx(folder: Path, threads: int | None = None) -> OrtModel:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         raise UserError(f"ONNX Runtime refuses {path} ({first_line(error)}); export it again.") from error
-    return OrtModel(folder, session, describe_past(path, session))
+    given = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+    return OrtModel(folder, session, describe_past(path, session), KEEP in given)
 
 
 def read_graph(path: Path) -> onnx.GraphProto:
@@ -153,8 +235,8 @@ def describe_past(path: Path, session: Any) -> tuple[tuple[str, Any, tuple[int, 
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = [value.name for value in session.get_outputs()]
     names = [f"{PAST_PREFIX}{name.removeprefix('present.')}" for name in outputs[1:]]
-    expected = {"input_ids", "attention_mask", "position_ids", *names}
-    if outputs[0] != "logits" or set(inputs) != expected:
+    expected = {"input_ids", "attention_mask", *names}
+    if outputs[0] != "logits" or not expected <= set(inputs) <= {*expected, "position_ids", KEEP}:
         raise UserError(f"{path} has other inputs or outputs than Lightpress exports; export the checkpoint again.")
     shapes = [(name, FLOATS[inputs[name].type], inputs[name].shape) for name in names]
     return tuple((name, dtype, (int(shape[1]), int(shape[3]))) for name, dtype, shape in shapes)

@@ -24,8 +24,11 @@ class Runtime(Protocol):
         """Number of token ids."""
         ...
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, Any]:
-        """Run a prompt `[batch, sequence]`; return logits `[batch, sequence, vocab]` and the cache."""
+    def prefill(self, ids: Ids, mask: Ids | None = None, every: bool = True) -> tuple[Logits, Any]:
+        """Run a prompt `[batch, sequence]`; return logits `[batch, sequence, vocab]` and the cache.
+
+        Without `every`, a runtime may leave out all logits but those of the last position.
+        """
         ...
 
     def decode(self, ids: Ids, cache: Any) -> tuple[Logits, Any]:
@@ -48,7 +51,7 @@ def generate_greedily(
     model: Runtime, ids: Ids | Sequence[int], count: int, stop: Collection[int] = frozenset()
 ) -> list[int]:
     """Return up to `count` new ids after one prompt, each the most likely; a stop id is the last one returned."""
-    logits, cache = model.prefill(np.asarray(ids, dtype=np.int64).reshape(1, -1))
+    logits, cache = model.prefill(np.asarray(ids, dtype=np.int64).reshape(1, -1), every=False)
     chosen: list[int] = []
     while len(chosen) < count:
         chosen.append(int(logits[0, -1].argmax()))
@@ -88,7 +91,7 @@ def measure_all(models: Sequence[Runtime], prompt: int, new: int, rounds: int) -
 def time_round(model: Runtime, ids: Ids, prompt: int) -> tuple[float, float]:
     """Return the seconds of one prefill of `ids[:, :prompt]` and of decoding the rest one by one."""
     start = time.perf_counter()
-    _, cache = model.prefill(ids[:, :prompt])
+    _, cache = model.prefill(ids[:, :prompt], every=False)
     middle = time.perf_counter()
     for place in range(prompt, ids.shape[1]):
         _, cache = model.decode(ids[:, place : place + 1], cache)

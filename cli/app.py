@@ -17,6 +17,7 @@ from cli.console import RunFailure
 from cli.demo import demo
 from cli.evaluate import evaluate
 from cli.export import export
+from cli.generate import generate
 from cli.inspect import inspect
 from cli.options import PANELS
 from cli.plan import plan
@@ -127,6 +128,7 @@ VERBS: Mapping[str, Any] = {
     "plan": plan,
     "inspect": inspect,
     "export": export,
+    "generate": generate,
     "evaluate": evaluate,
     "bench": bench,
     "demo": demo,

@@ -14,10 +14,11 @@ from compress.shapes import ModelShape
 from compress.spec import ModelSpec
 from profiles.budget import MemoryCosts, TimeCosts
 from profiles.cost import DECODE, PREFILL, REQUEST, Cost, Workload, estimate_cost, kv_bytes, weight_bytes
-from profiles.loader import load_profile
+from profiles.loader import QUANTISATIONS, load_profile
 from profiles.profile import Profile
 from profiles.rules import Steps, shape_steps
 
+QUANTISED = ("int8", "int4")
 THIS_MACHINE = "this-machine"
 PROMPT, OUTPUT = 128, 32  # what `bench` measures unless told otherwise
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
@@ -26,6 +27,8 @@ BYTES = {
 }  # fmt: skip
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 RATIOS = {"": 1.0, "x": 1.0}
+MOST = 1e18  # no amount of anything here is larger
+MOST_TOKENS = 2**24
 # Formats by name: types of weights, of activations (none: the profile's first), and of keys and values.
 FORMATS: Mapping[str, tuple[str, str | None]] = {
     "fp32": ("fp32", "fp32"), "fp16": ("fp16", "fp16"), "bf16": ("bf16", "bf16"),
@@ -48,7 +51,7 @@ class Device:
 def read_amount(text: str, units: Mapping[str, float], where: str, example: str) -> float:
     """Return a number above 0 with one of `units` behind it; UserError otherwise."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in units or not 0 < float(found[1]) < math.inf:
+    if found is None or found[2] not in units or not 0 < float(found[1]) * units[found[2]] < MOST:
         names = ", ".join(unit for unit in units if unit)
         raise UserError(f"{where} {text}: is not a number with a unit ({names}); give it like {example}.")
     return float(found[1]) * units[found[2]]
@@ -61,7 +64,8 @@ def read_workload(text: str) -> Workload:
         return Workload(sizes, PROMPT, OUTPUT)
     found = re.fullmatch(r"([0-9]+)\+([0-9]+)(?:@([0-9]+))?", sizes)
     prompt, output, batch = (int(number or 1) for number in found.groups()) if found else (0, 0, 0)
-    if min(prompt, output, batch) < 1 or phase not in ("", DECODE, PREFILL, REQUEST):
+    sound = 1 <= min(prompt, output, batch) <= max(prompt, output, batch) <= MOST_TOKENS
+    if not sound or phase not in ("", DECODE, PREFILL, REQUEST):
         raise UserError(
             f"--workload {text}: give decode, prefill, PROMPT+OUTPUT or PROMPT+OUTPUT@BATCH such as 512+64@4, or a "
             "phase of that, such as decode:512+64@4."
@@ -69,10 +73,23 @@ def read_workload(text: str) -> Workload:
     return Workload(phase or REQUEST, prompt, output, batch)
 
 
-def open_device(recipe: Recipe, spec: ModelSpec) -> Device | None:
-    """Return the device that the recipe names; None where it names none and needs none."""
-    timed = recipe.budget in ("speedup", "latency")
+def refuse_idle(recipe: Recipe) -> None:
+    """Raise UserError for flags that say something of a device where none is named."""
+    sized = recipe.budget == "memory"
+    idle = {
+        "--format": recipe.format, "--devices": recipe.devices > 1,
+        "--workload": recipe.workload != Recipe().workload and not sized,
+    }  # fmt: skip
+    given = [name for name, said in idle.items() if said]
+    if given:
+        raise UserError(f"{' and '.join(given)} without a device would do nothing: name one with --profile.")
+
+
+def open_device(recipe: Recipe, spec: ModelSpec, planned: bool = False) -> Device | None:
+    """Return the device that the recipe names; None where it names none and needs none (as `planned` ones do)."""
+    timed = recipe.budget in ("speedup", "latency") and not planned
     if not recipe.profile and not timed:
+        refuse_idle(recipe)
         return None
     try:
         profile = load_profile(recipe.profile or THIS_MACHINE)
@@ -102,11 +119,8 @@ def settle_workload(recipe: Recipe, spec: ModelSpec, profile: Profile) -> Worklo
                 f"--format {name}: {profile.name} has no {own} {kind}; it has {', '.join(allowed)}: choose another "
                 "format or profile."
             )
-    if work.context > spec.max_positions:
-        raise UserError(
-            f"--workload {recipe.workload}: {work.prompt} + {work.output} tokens are more than the model's context of "
-            f"{spec.max_positions}; give fewer."
-        )
+    check_context(recipe, work, spec)
+    check_quantisation(name, (weights, activations), profile)
     if recipe.devices > max(profile.link.devices, 1):
         raise UserError(
             f"--devices {recipe.devices}: {profile.name} joins at most {max(profile.link.devices, 1)}; give fewer."
@@ -120,9 +134,36 @@ def settle_workload(recipe: Recipe, spec: ModelSpec, profile: Profile) -> Worklo
     )  # fmt: skip
 
 
-def make_goal(recipe: Recipe, spec: ModelSpec, itemsize: int) -> tuple[Goal | None, Device | None]:
-    """Return what the plan must meet (None: a plain `--keep`) and the device; `itemsize`: bytes of a stored weight."""
-    device = open_device(recipe, spec)
+def check_context(recipe: Recipe, work: Workload, spec: ModelSpec) -> None:
+    """Raise UserError for a workload longer than the model's context."""
+    if work.context > spec.max_positions:
+        raise UserError(
+            f"--workload {recipe.workload}: {work.prompt} + {work.output} tokens are more than the model's context of "
+            f"{spec.max_positions}; give fewer."
+        )
+
+
+def check_quantisation(name: str, types: tuple[str, str], profile: Profile) -> None:
+    """Raise UserError for a quantised format that the profile's runtime does not read."""
+    if types[0] not in QUANTISED:
+        return
+    known = profile.formats.quantisations
+    pairs = [QUANTISATIONS[own] for own in known]
+    if types not in [(weights, inputs or profile.formats.activations[0]) for weights, inputs in pairs]:
+        have = ", ".join(known) or "none"
+        raise UserError(f"--format {name}: {profile.runtime.name} on {profile.name} reads these quantisations: {have}.")
+
+
+def make_goal(
+    recipe: Recipe, spec: ModelSpec, itemsize: int, planned: bool = False
+) -> tuple[Goal | None, Device | None]:
+    """Return what the plan must meet (None: a plain `--keep`, or a plan there is already) and the device.
+
+    `itemsize`: bytes of a stored weight.
+    """
+    device = open_device(recipe, spec, planned)
+    if planned:
+        return None, device
     if device is not None and recipe.shapes == "per-layer" and not device.profile.rules.uneven_layers:
         raise UserError(
             f"--shapes per-layer: {device.profile.runtime.name}, the runtime of {device.profile.name}, opens only "
@@ -164,12 +205,13 @@ def memory_goal(recipe: Recipe, spec: ModelSpec, device: Device | None, itemsize
     limit = int(read_amount(recipe.memory, BYTES, "--memory", "4GiB or 900MB"))
     exact = {4: "fp32", 2: "fp16"}.get(itemsize, "fp32")
     plain = replace(read_workload(recipe.workload), weights=exact, activations=exact, kv=exact)
+    check_context(recipe, plain, spec)
     work = device.workload if device else plain
     costs = MemoryCosts(work, device.profile.formats.activations[0] if device else exact)
     dense = sum_costs(costs, spec.shape)
     return Goal(
         costs, limit, dense, f"--memory {recipe.memory}", "bytes",
-        lambda value: f"--memory {math.ceil(value / 2**20)}MiB",
+        lambda value: f"--memory {math.ceil(value / 2**10)}KiB",
     )  # fmt: skip
 
 

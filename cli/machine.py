@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backends.machine import Sample, measure_machine
+from cli.budget import THIS_MACHINE
 from cli.console import Console, align_table
 from cli.prepare import require_file
 from compress.errors import UserError
@@ -25,6 +26,8 @@ def run_measure(name: str, output: Path | None, threads: int | None, overwrite: 
         raise UserError(f"{path}: a profile's file ends in .toml; name it {path.with_suffix('.toml').name}.")
     if output is not None:
         require_file(output, overwrite)
+    elif name != THIS_MACHINE and path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --name, or add --overwrite.")
     console.note("Measuring; leave the machine alone for about half a minute.")
     profile, samples = measure_machine(path.stem, threads, console.progress)
     misfit = find_misfit(profile, samples)

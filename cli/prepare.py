@@ -74,7 +74,8 @@ def prepare_job(request: Request, console: Console) -> Job:
         check_biases(checkpoint, spec, recipe)
     else:
         check_plan(checkpoint, spec, plan, request)
-    goal, device = make_goal(recipe, spec, storage_dtype(checkpoint, spec).itemsize)
+    goal, device = make_goal(recipe, spec, storage_dtype(checkpoint, spec).itemsize, planned=plan is not None)
+    check_goal(goal, recipe, console)
     tokenizer = check_texts(request, checkpoint, recipe)
     job = Job(request, checkpoint, spec, recipe, tokenizer, plan, goal, device)
     check_disk(job)
@@ -99,8 +100,20 @@ def check_choices(spec: ModelSpec, recipe: Recipe) -> None:
             f"--depth clap moves attention groups of dropped layers, and {axes} drops none: "
             "add layers to --axes, or leave --depth out."
         )
-    if recipe.absorb != "none" and recipe.keep == 1:
+    if recipe.absorb != "none" and recipe.budget == "keep" and recipe.keep == 1:
         raise UserError(f"--absorb {recipe.absorb} is part of a plan, and --keep 1 makes none: keep less than 1.")
+
+
+def check_goal(goal: Goal | None, recipe: Recipe, console: Console) -> None:
+    """Say when the dense model meets a budget already; UserError where norms were to be absorbed all the same."""
+    if goal is None or goal.share < 1 or recipe.budget == "keep":
+        return
+    if recipe.absorb != "none":
+        raise UserError(
+            f"--absorb {recipe.absorb} is part of a plan, and the dense model already meets {goal.asked}, so that none "
+            "is made: ask for more."
+        )
+    console.note(f"The dense model already meets {goal.asked}: nothing is removed.")
 
 
 def check_biases(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> None:

@@ -32,6 +32,7 @@ from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter
 from compress.evaluate import Quality
 from compress.family import explain_not_stock
+from compress.goal import sum_costs
 from compress.pipeline import Result, Task, compress_checkpoint, describe_run, storage_dtype, write_plan
 from compress.plan import Plan
 from compress.recipe import Recipe, flag
@@ -98,6 +99,7 @@ def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
         console.warn(sentence[0].lower() + sentence[1:])
     for sentence in summary.device.warnings if summary.device else ():
         console.warn(sentence[0].lower() + sentence[1:])
+    warn_unspent(job, plan, console)
     asked = job.request.plan is None and job.recipe.budget == "keep"
     if asked and job.recipe.keep - summary.kept_fraction > UNDERSHOOT:
         console.warn(
@@ -105,6 +107,20 @@ def show_plan(job: Job, plan: Plan, console: Console) -> PlanReport:
             "a smaller --multiple or more --axes come closer."
         )
     return summary
+
+
+def warn_unspent(job: Job, plan: Plan, console: Console) -> None:
+    """Say when the allowed steps leave much of a budget of bytes or time unused."""
+    goal = job.goal
+    if goal is None or job.recipe.budget == "keep" or keeps_everything(job, plan):
+        return
+    shape = resolve_model(new_config(job.spec, plan, job.recipe), None).shape
+    spent = goal.measure(shape) if goal.measure else sum_costs(goal.costs, shape)
+    if spent < (1 - 2 * UNDERSHOOT) * goal.limit:
+        console.warn(
+            f"the allowed steps leave {1 - spent / goal.limit:.0%} of {goal.asked} unused; a smaller --multiple, more "
+            "--axes or --shapes per-layer come closer."
+        )
 
 
 def report_plan(job: Job, plan: Plan) -> PlanReport:

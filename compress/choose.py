@@ -27,7 +27,7 @@ from compress.allocate import (
 )
 from compress.errors import UserError
 from compress.family import POST_NORMS
-from compress.goal import Goal, keep_goal
+from compress.goal import Goal, keep_goal, sum_costs
 from compress.importance.findings import Findings, LayerFindings
 from compress.importance.ratio import Counts, find_budget, find_costs, flap_counts, slim_counts, uniform_counts
 from compress.plan import LOSS_EXPONENT, LayerPlan, Plan, describe_choice, grid, keep_everything, plan_shape, step_size
@@ -95,7 +95,7 @@ def choose_plan(
     if recipe.ratio == "influence":
         return Choice(influence_plan(spec, findings, recipe), 0.0)
     if recipe.ratio != "loss":
-        return Choice(ratio_plan(spec, findings, recipe), 0.0)
+        return Choice(ratio_plan(spec, findings, recipe, goal), 0.0)
     goal = goal or keep_goal(spec.shape, recipe)
     scope = scope or full_scope(spec, findings, recipe, goal)
     search = open_search(spec, findings, recipe, prices, scope, goal)
@@ -155,7 +155,10 @@ def meet_goal(search: Search) -> tuple[int, Allocation]:
             best = (actual, *found)
         if NEAR * goal.limit <= actual <= goal.limit or actual <= 0:
             break
-        limit = int(limit * min(2.0, goal.limit / actual))
+        scaled = int(limit * min(2.0, goal.limit / actual))
+        if actual > goal.limit:  # what was just found must not fit again
+            scaled = min(scaled, sum_costs(goal.costs, allocation_shape(search, *found)) - 1)
+        limit = scaled
     if best is not None:
         return best[1], best[2]
     if found is None or goal.measure is not None:
@@ -167,13 +170,21 @@ def meet_goal(search: Search) -> tuple[int, Allocation]:
 def allocation_shape(search: Search, width: int, allocation: Allocation) -> ModelShape:
     """Return the shape that an allocation makes of the dense one."""
     dense = zip(search.spec.shape.layers, allocation.picks, strict=True)
-    layers = tuple(bare_layer(layer, search.recipe).resize(*pick) for layer, pick in dense if pick is not None)
+    priced = price_shape(search.spec, search.recipe)
+    layers = tuple(priced(layer).resize(*pick) for layer, pick in dense if pick is not None)
     return replace(search.spec.shape, hidden=width, layers=layers)
 
 
-def bare_layer(layer: LayerShape, recipe: Recipe) -> LayerShape:
-    """Return the layer less the norms that the recipe absorbs for certain."""
-    return drop_norms(layer, POST_NORMS) if recipe.absorb == "all" else layer
+def price_shape(spec: ModelSpec, recipe: Recipe) -> Callable[[LayerShape], LayerShape]:
+    """Return what makes of a dense layer the one that is paid for: without absorbed norms, with added biases."""
+    added = add_biases(spec, spec.shape, REPAIRED, extend=recipe.biases == "own") if recipe.biases != "none" else None
+    biases = dict(zip(spec.shape.layers, added.layers, strict=True)) if added else {}
+
+    def price(layer: LayerShape) -> LayerShape:
+        own = biases.get(layer, layer)
+        return drop_norms(own, POST_NORMS) if recipe.absorb == "all" else own
+
+    return price
 
 
 # What can become of a layer
@@ -248,9 +259,9 @@ def make_choices(
     of_groups = cache(lambda own, counts: tuple(costs.attention(own.resize(n), width) for n in counts))
     of_channels = cache(lambda own, counts: tuple(costs.mlp(own.resize(None, n), width) for n in counts))
     fixed = cache(lambda own: costs.fixed(own, width))
-    made = []
+    made, priced = [], price_shape(spec, recipe)
     for layer, full, groups in zip(rated, spec.shape.layers, allowed, strict=True):
-        own = bare_layer(full, recipe)
+        own = priced(full)
         kv = UnitCurve(tuple(groups), tuple(layer.groups[n] for n in groups), of_groups(own, tuple(groups)))
         ffn = UnitCurve(layer.channels, layer.channel_losses, of_channels(own, layer.channels))
         made.append(LayerChoice(kv, ffn, fixed(own), layer.drop_loss))
@@ -366,11 +377,11 @@ def influence_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
     )
 
 
-def ratio_plan(spec: ModelSpec, findings: Findings, recipe: Recipe) -> Plan:
+def ratio_plan(spec: ModelSpec, findings: Findings, recipe: Recipe, goal: Goal | None = None) -> Plan:
     """Return the plan of a stated layer ratio over KV and FFN: `equal`, `softmax` (SlimLLM) or `zscore` (FLAP)."""
     budget = find_budget(spec.shape, recipe.keep)
     costs = [find_costs(layer, spec.shape.hidden) for layer in spec.shape.layers]
-    step = min(step_size(layer.ffn, recipe) for layer in spec.shape.layers)
+    step = min(step_size(layer.ffn, recipe, goal.ffn_step if goal else 0) for layer in spec.shape.layers)
     counters: dict[str, Callable[..., tuple[Counts, ...]]] = {
         "equal": uniform_counts, "softmax": slim_counts, "zscore": flap_counts,
     }  # fmt: skip

@@ -231,7 +231,7 @@ def step_size(size: int, recipe: Recipe, device: int = 0) -> int:
 
     Where nothing is said it is never a coarser one than the dense model keeps itself.
     """
-    return recipe.multiple or device or math.gcd(size, DEFAULT_MULTIPLE)
+    return recipe.multiple or (device if device > 1 else math.gcd(size, DEFAULT_MULTIPLE))
 
 
 def grid(size: int, step: int, least: int) -> tuple[int, ...]:

@@ -161,6 +161,21 @@ def check_value(name: str, value: Any, wanted: type) -> None:
         raise UserError(f"recipe: '{name}' must be a {kind}, got {value!r}.")
 
 
+def settle_budget(values: dict[str, Any], file: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Leave one budget in `values`: that of the flags, else that of the file; UserError for two, or an empty one."""
+    given = [name for name in BUDGETS if flags.get(name) is not None] or [name for name in BUDGETS if name in file]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(map(flag, given))} are budgets, and a plan meets one: give one of them.")
+    for name in set(BUDGETS) - set(given):
+        values.pop(name, None)  # a budget of the flags takes the place of the file's
+    for name in given:
+        if values[name] == "":
+            raise UserError(f"{flag(name)} is empty: give a value, or leave it out.")
+    for name in BUDGETS[1:]:
+        if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
+            values[name] = str(values[name])  # `speedup: 1.5` in a file
+
+
 def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
     """Return the recipe of a file's keys overridden by given flags (None means not given); unknown keys are refused."""
     known = {item.name for item in fields(Recipe)}
@@ -168,14 +183,7 @@ def merge_recipe(file: dict[str, Any], flags: dict[str, Any]) -> Recipe:
     if unknown:
         raise UserError(f"recipe: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}.")
     values = {**file, **{key: value for key, value in flags.items() if value is not None}}
-    given = [name for name in BUDGETS if flags.get(name)] or [name for name in BUDGETS if file.get(name)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(map(flag, given))} are budgets, and a plan meets one: give one of them.")
-    for name in set(BUDGETS[1:]) - set(given):
-        values.pop(name, None)  # a budget of the flags takes the place of the file's
-    for name in BUDGETS[1:]:
-        if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
-            values[name] = str(values[name])  # `speedup: 1.5` in a file
+    settle_budget(values, file, flags)
     if isinstance(values.get("axes"), str):
         values["axes"] = [axis.strip() for axis in values["axes"].split(",") if axis.strip()]
     for item in fields(Recipe):

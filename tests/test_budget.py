@@ -26,6 +26,7 @@ from compress.goal import Goal, ParameterCosts, keep_goal, sum_costs
 from compress.plan import Plan, plan_shape
 from compress.recipe import Recipe, merge_recipe
 from compress.spec import ModelSpec
+from compress.surgery.describe import describe_new
 from profiles.cost import DECODE, PREFILL, REQUEST, Workload
 from profiles.loader import load_profile
 from profiles.rules import check_shape, padding_loss
@@ -203,6 +204,70 @@ def test_a_thirty_two_billion_model_is_cut_for_its_device() -> None:
     assert 1.16 <= ratio <= 1.2
     assert check_shape(shape, on.profile, on.workload) == check_shape(spec.shape, on.profile, on.workload)
     assert padding_loss(shape, on.profile, on.workload) == 0.0
+
+
+# What a reviewer found
+
+
+def test_a_time_budget_just_missed_by_rounding_is_searched_on() -> None:
+    """Where the parts add up to a little less than the truth, moving the limit by the miss alone would stand still."""
+    spec = small_spec()
+    goal = time_goal(spec, device(), 0.8)
+    drifting = replace(goal, measure=lambda shape: sum_costs(goal.costs, shape) * 1.02 + 3.0)
+    for limit in range(goal.limit - 40, goal.limit + 40, 7):
+        plan = make_plan(spec, replace(drifting, limit=limit), multiple=4)
+        assert drifting.measure is not None
+        assert drifting.measure(plan_shape(plan, spec.shape)) <= limit
+
+
+@pytest.mark.parametrize("biases", ["stock", "own"])
+def test_added_biases_are_paid_for(biases: str) -> None:
+    spec = small_spec()
+    limit = int(0.6 * spec.shape.parameters)
+    recipe = Recipe(params=str(limit), biases=biases, multiple=4)
+    goal, _ = make_goal(recipe, spec, 4)
+    plan = choose_plan(spec, make_findings(spec), recipe, EVEN, goal=goal).plan
+    written = describe_new(spec, plan, recipe).shape
+    assert 0 < len(written.layers[0].biases)
+    assert written.parameters <= limit
+
+
+@pytest.mark.parametrize("file", [{"speedup": ""}, {"memory": ""}])
+def test_an_empty_budget_is_said(file: dict[str, Any]) -> None:
+    refused(lambda: merge_recipe(file, {}), "is empty")
+    assert merge_recipe({"keep": 1}, {"latency": "1ms"}).keep == Recipe().keep
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"workload": "9+9"}, "--workload without a device"), ({"format": "int8"}, "--format without a device"),
+        ({"devices": 3}, "--devices without a device"), ({"memory": "4MB", "devices": 2}, "--devices without a device"),
+        ({"memory": "4MB", "workload": "99999+1"}, "context"),
+        ({"params": "1e300B"}, "--params 1e300B"),
+        ({"speedup": "0", "profile": "cpu-avx2"}, "--speedup 0"),
+        ({"profile": "cpu-avx2", "workload": "5+5@99999999999999999999"}, "--workload 5+5@"),
+    ],
+)  # fmt: skip
+def test_flags_that_would_do_nothing_or_nonsense(recipe: dict[str, Any], words: str) -> None:
+    refused(lambda: make_goal(Recipe(**recipe), small_spec(), 4), words)
+
+
+def test_a_plan_file_needs_no_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTPRESS_PROFILES", str(tmp_path))
+    assert make_goal(Recipe(speedup="2x"), small_spec(), 4, planned=True) == (None, None)
+    goal, found = make_goal(Recipe(profile="cpu-avx2"), small_spec(), 4, planned=True)
+    assert goal is None
+    assert found is not None
+
+
+def test_stated_ratios_keep_to_the_steps_of_the_device() -> None:
+    spec = make_spec("llama", **{**SIZES, "intermediate_size": 448})
+    recipe = Recipe(keep=0.5, ratio="equal", axes=("ffn", "kv"), profile="ascend-310p3", format="w8a8")
+    goal, _ = make_goal(recipe, spec, 4)
+    assert goal is not None
+    plan = choose_plan(spec, make_findings(spec), recipe, EVEN, goal=goal).plan
+    assert len(plan.layers[0].ffn) % 32 == 0
 
 
 # What users write
