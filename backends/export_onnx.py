@@ -283,10 +283,13 @@ class Ends:
         codes, scales, *zeros = table.names
         # The same bytes as the head's, seen as one row per token; runtimes fold the Reshape of a constant.
         rows = graph.add("Reshape", codes, graph.integers(table.outputs, -1))
-        return graph.add(
+        found = graph.add(
             "GatherBlockQuantized", rows, ids, scales, *zeros, domain=MICROSOFT, bits=table.bits,
             block_size=table.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+        if table.inputs % table.block == 0:
+            return found
+        return graph.add("Slice", found, graph.integers(0), graph.integers(table.inputs), graph.integers(-1))  # padding
 
     def project(self, graph: GraphBuilder, value: str) -> str:
         """Append the product with the output head."""

@@ -1,4 +1,4 @@
-"""The ONNX graph computes what the decoder computes: every family, cached decode, padded batches, uneven layers."""
+"""The standard ONNX graph computes what the decoder computes: every family, cached decode, padded batches, uneven layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tiny import CASES, make_checkpoint
 
 from backends.eager import EagerModel, load_eager
-from backends.export_onnx import DATA_NAME, GRAPH_NAME, export_onnx
+from backends.export_onnx import DATA_NAME, GRAPH_NAME, STANDARD, GraphForm, export_onnx
 from backends.ort import OrtModel, open_onnx
 from backends.runtime import measure_all, measure_pair
 from compress.checkpoint import Checkpoint, open_checkpoint
@@ -59,7 +59,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
         if key not in made:
             folder = tmp_path_factory.mktemp(case)
             checkpoint = open_checkpoint(make_checkpoint(folder / "dense", case, **changes))
-            export_onnx(checkpoint, folder / "onnx", dtype=dtype)
+            export_onnx(checkpoint, folder / "onnx", form=GraphForm(fused=False, dtype=dtype))
             made[key] = checkpoint, open_onnx(folder / "onnx", threads=1)
         return made[key]
 
@@ -261,7 +261,7 @@ def test_big_tensors_start_on_a_page(tmp_path: Path) -> None:
     ids=["no graph", "no data", "short data", "short graph", "unknown operator", "foreign graph"],
 )
 def test_damaged_folder_is_one_sentence(damage: Callable[[Path], object], words: str, tmp_path: Path) -> None:
-    export_onnx(open_checkpoint(make_checkpoint(tmp_path / "dense", "llama")), tmp_path / "onnx")
+    export_onnx(open_checkpoint(make_checkpoint(tmp_path / "dense", "llama")), tmp_path / "onnx", form=STANDARD)
     damage(tmp_path / "onnx")
     with pytest.raises(UserError, match=words) as caught:
         open_onnx(tmp_path / "onnx", 1)
@@ -288,14 +288,14 @@ def rename_input(path: Path) -> None:
 
 def test_failed_export_leaves_the_old_one(tmp_path: Path, ids: np.ndarray) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "dense", "llama"))
-    export_onnx(checkpoint, tmp_path / "onnx")
+    export_onnx(checkpoint, tmp_path / "onnx", form=STANDARD)
     before, _ = open_onnx(tmp_path / "onnx", 1).prefill(ids)
 
     def fail(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_onnx(checkpoint, tmp_path / "onnx", fail)
+        export_onnx(checkpoint, tmp_path / "onnx", fail, STANDARD)
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == [GRAPH_NAME, DATA_NAME]
     assert np.array_equal(open_onnx(tmp_path / "onnx", 1).prefill(ids)[0], before)
 
@@ -316,7 +316,7 @@ def test_export_is_repeatable_and_reports_progress(tmp_path: Path) -> None:
 def test_export_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "dense", "llama"))
     with pytest.raises(UserError, match="float16"):
-        export_onnx(checkpoint, tmp_path / "onnx", dtype=torch.float16)
+        export_onnx(checkpoint, tmp_path / "onnx", form=GraphForm(fused=False, dtype=torch.float16))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_onnx(checkpoint, tmp_path / "file")
@@ -336,7 +336,7 @@ class Recorder:
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls, self.vocab = name, calls, 10
 
-    def prefill(self, ids: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, None]:
+    def prefill(self, ids: np.ndarray, mask: np.ndarray | None = None, every: bool = True) -> tuple[np.ndarray, None]:
         self.calls.append(f"{self.name}{ids.shape[1]}")
         return np.zeros((1, ids.shape[1], 10)), None
 
