@@ -19,6 +19,22 @@ def export(
     source: options.Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     target: Annotated[str, typer.Option("--target", help=f"One of: {', '.join(TARGETS)}.")] = TARGETS[0],
+    weights: Annotated[
+        str, typer.Option("--format", help="Weights of the graph: fp32, int8 or int4 (embedding and head then int8).")
+    ] = "fp32",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="How weights are rounded: gptq (with text), search (no text) or nearest."),
+    ] = "gptq",
+    block: Annotated[int, typer.Option("--block", help="Inputs that share a scale: 32, 64 or 128.")] = 32,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Whether blocks have no zero point of their own.")
+    ] = True,
+    standard: Annotated[
+        bool, typer.Option("--standard-ops", help="Only operators of the ONNX standard, for other runtimes.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option("--text", help="Text that GPTQ learns from; else sampled.")] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of that text.")] = 64,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -33,15 +49,18 @@ def export(
     with Console(as_json, quiet) as console:
         from backends.export_onnx import export_onnx
         from cli.prepare import check_weights
+        from cli.weights import FormatFlags, open_form
         from compress.checkpoint import open_checkpoint
 
         if target == "uniform":
             export_uniform(source, output, overwrite, console)
             return
+        flags = FormatFlags(weights, method, block, symmetric, standard, text, windows)
         check_folder(output, Path(source), overwrite)
         checkpoint = open_checkpoint(source)
         check_weights(checkpoint, console)
-        graph = export_onnx(checkpoint, output, lambda *steps: console.progress("export", *steps))
+        with open_form(flags, checkpoint, console) as form:
+            graph = export_onnx(checkpoint, output, lambda *steps: console.progress("export", *steps), form)
         sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
         console.show(f"{graph} written: {len(sizes)} files, {format_bytes(sum(sizes.values()))}.")
         console.finish({"graph": str(graph), "files": sizes})
