@@ -48,7 +48,7 @@ STREAM = (4096, 8192)  # 128 MiB: beyond the last cache of nearly all machines
 CACHED = (1024, 2048)  # 8 MiB: inside it
 # Sizes of the random decoders: hidden, FFN, heads, layers. Small ones are all fixed cost; the last one computes.
 DECODERS = (
-    (128, 256, 4, 2), (192, 448, 12, 10), (256, 704, 8, 6), (384, 1536, 6, 8), (512, 1408, 8, 4), (1024, 2816, 16, 3),
+    (128, 256, 4, 2), (192, 448, 6, 10), (256, 704, 4, 6), (384, 1536, 6, 8), (512, 1408, 8, 4), (1024, 2816, 16, 3),
 )  # fmt: skip
 PROMPTS, CONTEXTS = (32, 128, 512), (32, 512, 960)
 STEPS = 8  # decode steps that are timed at one context
@@ -64,8 +64,13 @@ class Sample:
     seconds: float
 
 
-def measure_machine(name: str, threads: int | None, progress: Progress) -> tuple[Profile, list[Sample]]:
-    """Return the profile of this machine, and the decoder timings that it was fitted to; takes about half a minute."""
+def measure_machine(
+    name: str, threads: int | None, progress: Progress, fitted: int | None = None
+) -> tuple[Profile, list[Sample]]:
+    """Return the profile of this machine, and all decoder timings; takes about half a minute.
+
+    `fitted`: decoders, from the first, whose timings the profile is fitted to (None: all).
+    """
     stages = 4
     progress("measure", 0, stages)
     products = [(rows, time_product(rows, *WIDE, threads)) for rows in ROWS]
@@ -78,9 +83,10 @@ def measure_machine(name: str, threads: int | None, progress: Progress) -> tuple
     start = draft_profile(name, threads, (peak, half), (stream, max(cached, stream)), (elements, launch))
     samples = measure_decoders(threads)
     progress("measure", 3, stages)
-    fitted = fit_profile(start, samples)
+    known = samples[: len(samples) // len(DECODERS) * fitted] if fitted else samples
+    profile = fit_profile(start, known)
     progress("measure", stages, stages)
-    return fitted, samples
+    return profile, samples
 
 
 # Single operations

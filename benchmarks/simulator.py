@@ -2,7 +2,7 @@
 
     python benchmarks/simulator.py published         (no device needed: the rows of ../shared/reference/ascend.md)
     python benchmarks/simulator.py fit               (how the launch costs of the Ascend profiles were found)
-    python benchmarks/simulator.py here [--rounds 3] (measures this machine, then ONNX models of eight other shapes)
+    python benchmarks/simulator.py here [--rounds 3] (measures this machine, and in turns with it ONNX models of eight other shapes)
     python benchmarks/simulator.py pangu             (Qwen3-32B cut by the planner under --speedup 1.16 on A2)
 
 Targets: held-out published dense rows: median error at most 15 %, none above 35 %. Here: median at most 10 % over the
@@ -126,35 +126,29 @@ SHAPES = (
 
 
 def show_here(rounds: int) -> None:
-    """Measure this machine, then other decoders, and print predictions beside measurements."""
-    from backends.export_onnx import export_onnx
-    from backends.machine import measure_machine, time_decode, time_prefill, write_decoder
-    from backends.ort import open_onnx
-    from compress.checkpoint import open_checkpoint
-    from compress.weights import read_spec
+    """Time the decoders of the fit and others in the same turns; fit to the first, print predictions of the others.
 
-    profile, samples = measure_machine("this-machine", None, lambda *_: None)
-    fitted = [abs(estimate_cost(s.shape, profile, s.workload).total / s.seconds - 1) for s in samples]
-    print(f"{profile}\nfitted to {len(samples)} timings: median error {statistics.median(fitted):.1%}")
-    base = Workload(weights="fp32", activations="fp32", kv="fp32", prompt=256, output=1)
+    In turns, because the memory bandwidth of a shared machine can change by half from one minute to the next.
+    """
+    from backends import machine
+
+    count = len(machine.DECODERS)
+    machine.DECODERS, machine.ROUNDS = (*machine.DECODERS, *SHAPES), rounds
+    profile, samples = machine.measure_machine("this-machine", None, lambda *_: None, fitted=count)
+    each = len(samples) // len(machine.DECODERS)
+    known, unseen = samples[: count * each], samples[count * each :]
+    fitted = [abs(estimate_cost(s.shape, profile, s.workload).total / s.seconds - 1) for s in known]
+    print(f"{profile}\nfitted to {len(known)} timings: median error {statistics.median(fitted):.1%}")
     found: dict[str, list[tuple[float, float]]] = {PREFILL: [], DECODE: []}
-    with tempfile.TemporaryDirectory() as name:
-        models = []
-        for place, size in enumerate(SHAPES):
-            checkpoint = open_checkpoint(write_decoder(Path(name) / f"d{place}", size))
-            export_onnx(checkpoint, Path(name) / f"o{place}")
-            models.append((open_onnx(Path(name) / f"o{place}"), read_spec(checkpoint).shape))
-        times = [
-            [(time_prefill(model, 256, 0.3), time_decode(model, 256, 8, 0.3)) for model, _ in models]
-            for _ in range(rounds)
-        ]
-    print("| hidden, FFN, heads, layers | phase | measured ms | predicted ms | error |\n|---|---|---|---|---|")
-    for place, size in enumerate(SHAPES):
-        for index, phase in enumerate((PREFILL, DECODE)):
-            seconds = statistics.median(turn[place][index] for turn in times)
-            guess = estimate_cost(models[place][1], profile, replace(base, phase=phase)).total
-            found[phase].append((seconds, guess))
-            print(f"| {size} | {phase} | {seconds * 1e3:.2f} | {guess * 1e3:.2f} | {guess / seconds - 1:+.1%} |")
+    print("| hidden, FFN, heads, layers | phase | tokens before | measured ms | predicted ms | error |")
+    print("|---|---|---|---|---|---|")
+    for place, sample in enumerate(unseen):
+        work, guess = sample.workload, estimate_cost(sample.shape, profile, sample.workload).total
+        found[work.phase].append((sample.seconds, guess))
+        print(
+            f"| {SHAPES[place // each]} | {work.phase} | {work.prompt} | {sample.seconds * 1e3:.2f} | "
+            f"{guess * 1e3:.2f} | {guess / sample.seconds - 1:+.1%} |"
+        )
     for phase, pairs in found.items():
         errors = [abs(guess / seconds - 1) for seconds, guess in pairs]
         print(
