@@ -42,7 +42,8 @@ def generator(length):
     return og.Generator(model, parameters)
 times = []
 for _ in range(4):
-    one = generator(prefill); t = time.perf_counter(); one.append_tokens(ids[None]); times.append(time.perf_counter() - t)
+    one = generator(prefill); t = time.perf_counter(); one.append_tokens(ids[None])
+    times.append(time.perf_counter() - t)
 rates = []
 for _ in range(4):
     one = generator(prompt); one.append_tokens(ids[None, :prompt]); t = time.perf_counter()
@@ -120,7 +121,8 @@ def build_ours(model: Path, name: str) -> Path:
         from cli.app import app
 
         options = [] if name == "fp32" else ["--method", "nearest"]
-        app(["export", str(model), "--format", name, "-o", str(out), "--overwrite", "-q", *options], standalone_mode=False)
+        given = ["export", str(model), "--format", name, "-o", str(out), "--overwrite", "-q", *options]
+        app(given, standalone_mode=False)
     return out
 
 
@@ -142,7 +144,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     model, peers = prepare_model(options.model), prepare_peers()
-    print("| format | runtime | prefill 512 tok/s | decode tok/s | load s | RSS MB | size MB |\n|---|---|---|---|---|---|---|")
+    print("| format | runtime | prefill 512 tok/s | decode tok/s | load s | RSS MB | size MB |")
+    print("|---|---|---|---|---|---|---|")
     for name in options.formats.split(","):
         ours = build_ours(model, name)
         runs = {

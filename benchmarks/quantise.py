@@ -62,7 +62,8 @@ def main() -> None:
     test, learned = case.test.take(options.tests), case.calibration.take(options.windows)
     dense = measure_loss(case, test, learned, None)
     print(f"{case.name}: dense perplexity {math.exp(dense):.3f}\n")
-    print("| bits | block | zero points | nearest | search | GPTQ | GPTQ / nearest | s |\n|---|---|---|---|---|---|---|---|")
+    print("| bits | block | zero points | nearest | search | GPTQ | GPTQ / nearest | s |")
+    print("|---|---|---|---|---|---|---|---|")
     for bits, block, symmetric in FORMS:
         started, excess = time.perf_counter(), {}
         for method in METHODS:

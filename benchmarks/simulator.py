@@ -2,7 +2,7 @@
 
     python benchmarks/simulator.py published         (no device needed: the rows of ../shared/reference/ascend.md)
     python benchmarks/simulator.py fit               (how the launch costs of the Ascend profiles were found)
-    python benchmarks/simulator.py here [--rounds 3] (measures this machine, and in turns with it ONNX models of eight other shapes)
+    python benchmarks/simulator.py here [--rounds 5] (measures this machine, in turns with ONNX models of other shapes)
     python benchmarks/simulator.py pangu             (Qwen3-32B cut by the planner under --speedup 1.16 on A2)
 
 Targets: held-out published dense rows: median error at most 15 %, none above 35 %. Here: median at most 10 % over the
@@ -15,10 +15,8 @@ import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from compress.shapes import LayerShape, ModelShape
 from profiles.cost import DECODE, PREFILL, Workload, estimate_cost

@@ -1,4 +1,4 @@
-"""The standard ONNX graph computes what the decoder computes: every family, cached decode, padded batches, uneven layers."""
+"""The standard ONNX graph computes what the decoder does: every family, cached decode, padding, uneven layers."""
 
 from __future__ import annotations
 
