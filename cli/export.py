@@ -29,7 +29,7 @@ def export(
     block: Annotated[int, typer.Option("--block", help="Inputs that share a scale: 32, 64 or 128.")] = 32,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="Whether blocks have no zero point of their own.")
-    ] = True,
+    ] = False,
     standard: Annotated[
         bool, typer.Option("--standard-ops", help="Only operators of the ONNX standard, for other runtimes.")
     ] = False,
