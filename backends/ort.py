@@ -23,7 +23,7 @@ GRAPH_NAME = "model.onnx"
 QUIET = 4  # onnxruntime's log level "fatal": what it would log, it also raises
 PAST_PREFIX = "past_key_values."
 KEEP = "logits_to_keep"  # an input that only fused graphs have
-SPARE_TOKENS = 256  # room that a new cache has beyond the prompt, and its step
+SPARE_TOKENS = 64  # room that a new cache has beyond the prompt: the operator clears what it does not use, step by step
 REFUSALS = (
     state.EPFail,
     state.Fail,

@@ -118,11 +118,9 @@ def build_ours(model: Path, name: str) -> Path:
     """Export our folder of one format; rounding to the nearest, as speed does not depend on the values."""
     out = PEERS / f"lightpress-{name}"
     if not (out / "genai_config.json").exists():
-        from cli.app import app
-
         options = [] if name == "fp32" else ["--method", "nearest"]
         given = ["export", str(model), "--format", name, "-o", str(out), "--overwrite", "-q", *options]
-        app(given, standalone_mode=False)
+        subprocess.run([sys.executable, "-m", "cli.app", *given], check=True, cwd=HERE.parent)
     return out
 
 
