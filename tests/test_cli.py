@@ -550,6 +550,36 @@ def test_flags_and_recipe_file_fill_every_key(tmp_path, monkeypatch):
     assert set(keys) == {item.name for item in fields(Recipe)}
 
 
+# Formats of an exported graph
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--format", "int5"), ["int5", "int4"]),
+        (("--format", "int4", "--method", "guess"), ["guess", "gptq"]),
+        (("--format", "int4", "--standard-ops"), ["--standard-ops", "int4"]),
+        (("--format", "int4", "--block", 33, "--method", "nearest"), ["33", "32"]),
+        (("--format", "int4", "--text", "none.txt"), ["none.txt", "no such"]),
+        (("--text", "none.txt"), ["--text", "--format int8"]),
+    ],
+)
+def test_formats_that_cannot_be_exported(flags, words, model, tmp_path):
+    refuse(("export", model("llama"), "-o", tmp_path / "out", *flags), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_in_four_bits_is_smaller_and_runs(model, text, tmp_path):
+    sizes = []
+    for name, flags in (("fp32", ()), ("int4", ("--text", text, "--windows", 8))):
+        done = run("export", model("llama"), "--format", name, *flags, "-o", tmp_path / name, "--quiet")
+        assert done.exit_code == 0, done.stderr
+        sizes.append((tmp_path / name / "model.onnx.data").stat().st_size)
+        said = run("generate", tmp_path / name, "w5 w6 w7", "--new", 4, "--quiet", "--no-stop")
+        assert said.exit_code == 0, said.stderr
+    assert sizes[1] < 0.4 * sizes[0]
+
+
 # Budgets and devices
 
 
