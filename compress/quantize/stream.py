@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.calibrate import fill_embeddings
 from compress.checkpoint import Checkpoint
-from compress.decoder import apply_norm, attention_context, make_frame, mlp_activation, project
+from compress.decoder import apply_norm, make_frame, project
 from compress.errors import UserError
 from compress.hidden import HiddenStore, batches, release_memory
 from compress.quantize.blocks import Format, Quantised, round_to_nearest, search_scales
@@ -23,6 +23,7 @@ from compress.quantize.gptq import quantise_gptq
 from compress.solve import solve_projection
 from compress.spec import ModelSpec
 from compress.stats import Moments, ordinary_tokens
+from compress.surgery.job import ATTENTION, MLP, Half, half_inputs
 from compress.text import Windows
 
 METHODS = ("gptq", "search", "nearest")
@@ -31,22 +32,7 @@ Matrix = Tensor | Quantised
 REFIT_RIDGE = 1e-2
 # Embedding and head are looked at by every token, and keep 8 bits: that costs a little space and next to no accuracy.
 END_BITS = 8
-
-
-@dataclass(frozen=True)
-class Half:
-    """A branch: its last projection, the norms before and behind it, and what reads the stream for it."""
-
-    projection: str
-    reads: str
-    norm: str
-    readers: tuple[str, ...]
-
-
-HALVES = (
-    Half("o", "attn_in", "attn_out", ("q", "k", "v")),
-    Half("down", "mlp_in", "mlp_out", ("gate", "up")),
-)
+HALVES = (ATTENTION, MLP)
 
 
 @dataclass(frozen=True)
@@ -156,10 +142,7 @@ class LayerQuantiser:
 
     def run_inputs(self, index: int, half: Half, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the inputs of the half's last projection."""
-        if half.projection == "down":
-            return mlp_activation(self.spec, weights, x)
-        frame = make_frame(self.spec, *x.shape[:2])
-        return attention_context(self.spec, self.spec.layers[index], weights, x, frame)[0]
+        return half_inputs(self.spec, index, half, weights, x, make_frame(self.spec, *x.shape[:2]))
 
     def collect_inputs(self, index: int, half: Half, current: Mapping[str, Tensor]) -> Moments:
         """Return the moments of the last projection's inputs, with what it should add to the stream as target."""
