@@ -586,7 +586,7 @@ def test_show_as_json(command):
     assert found["memory.bandwidth_gb_per_s"]["value"] == profile.memory.bandwidth_gb_per_s
     assert found["memory.bandwidth_gb_per_s"]["unit"] == "GB/s (10^9 bytes per second)"
     assert found["rules.tiles.int4"]["value"] == [32, 16]
-    assert found["runtime.all_logits"]["value"] is True
+    assert found["runtime.all_logits"]["value"] is False
     assert all(row["source"] for row in result["fields"])
 
 
