@@ -33,6 +33,7 @@ from backends.onnx_fused import (
 )
 from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GRAPH_FILE, GraphBuilder
 from backends.onnx_layers import emit_capped, emit_frame, emit_layer, emit_norm, emit_scaled, store_layer
+from backends.ort import KEEP
 from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import check_space
 from compress.errors import UserError
@@ -46,7 +47,6 @@ GRAPH_ROOM = 64 * 2**20  # bytes, more than the graph and the tokenizer files of
 Progress = Callable[[int, int], None]
 PAST = "past_sequence"
 TOTAL = "past_sequence + sequence"
-KEEP = "logits_to_keep"  # how many of the last positions get logits; a graph input with a default
 EVERYTHING = 2**31 - 1
 
 

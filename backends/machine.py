@@ -37,7 +37,6 @@ from profiles.profile import Compute, Formats, Link, Memory, Overhead, Profile, 
 
 OPSET, IR_VERSION = 18, 8
 QUIET = 4
-MIB = 2**20
 GRAIN = 65536.0  # multiply-adds that ONNX Runtime gives each thread of a float32 product (MLAS_SGEMM_THREAD_COMPLEXITY)
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]

@@ -17,6 +17,7 @@ import numpy as np
 
 from backends.eager import load_eager
 from backends.export_onnx import GRAPH_NAME
+from backends.genai import GENAI_NAME
 from backends.ort import open_onnx
 from backends.runtime import Logits, Runtime
 from cli.console import Console, RunFailure
@@ -30,7 +31,7 @@ from compress.weights import read_spec
 
 ONNX, TORCH, AUTO = "onnx", "torch", "auto"
 RUNTIMES = {ONNX: "ONNX Runtime", TORCH: "torch"}
-GENERATION_NAME, GENAI_NAME = "generation_config.json", "genai_config.json"
+GENERATION_NAME = "generation_config.json"
 STANDARD_INPUT = "-"
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no character, or not yet one
 PRODUCER, PRODUCER_PLACE = b"lightpress", 64  # a graph's producer is among its first bytes, before any tensor
