@@ -46,6 +46,47 @@ class OrtCache:
     mask: Ids
 
 
+class Feeder:
+    """Binds a graph's caches and its small inputs and outputs to memory that is used again from step to step.
+
+    Arrays of the same size are bound once: binding anew and fresh logits cost a decode step some 5 % of its time
+    (benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, session: Any, past: tuple[tuple[str, Any, tuple[int, int]], ...], batch: int, room: int) -> None:
+        """Open empty caches `[batch, heads, room, size]`, past and present in one buffer."""
+        self.session, self.binding = session, session.io_binding()
+        self.buffers = tuple(np.zeros((batch, heads, room, size), dtype) for _, dtype, (heads, size) in past)
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self.ones = np.ones(batch * room, np.int64)
+        for (name, _, _), buffer in zip(past, self.buffers, strict=True):
+            self._bind_input(name, buffer)
+            self._bind_output(f"present.{name.removeprefix(PAST_PREFIX)}", buffer)
+
+    def run(self, ids: Ids, total: int, kept: int, vocab: int) -> Logits:
+        """Run new tokens `[batch, new]`, the last of `total`; return the logits `[batch, kept, vocab]` of the last."""
+        np.copyto(self._place("input_ids", ids.shape, np.int64), ids)
+        self._place(KEEP, (1,), np.int64)[0] = kept
+        self._bind_input("attention_mask", self.ones[: len(ids) * total].reshape(len(ids), total))
+        logits = self._place("logits", (len(ids), kept, vocab), np.float32)
+        self.session.run_with_iobinding(self.binding)
+        return logits.copy() if kept == 1 else self.arrays.pop("logits")  # one row is cheaper to copy than to bind
+
+    def _place(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return the array bound to a name, bound anew if its shape has changed."""
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self.arrays[name] = np.empty(shape, dtype)
+            (self._bind_output if name == "logits" else self._bind_input)(name, array)
+        return array
+
+    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
+        self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
+        self.binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
 @dataclass(frozen=True)
 class SharedCache:
     """Keys and values in buffers that the graph appends to in place, and the tokens `length` of them that count.
@@ -54,14 +95,13 @@ class SharedCache:
     decoded after it.
     """
 
-    binding: Any
-    buffers: tuple[NDArray[Any], ...]
+    feeder: Feeder
     length: int
 
     @property
     def capacity(self) -> int:
         """Tokens that fit into the buffers."""
-        return int(self.buffers[0].shape[2])
+        return int(self.feeder.buffers[0].shape[2])
 
 
 @dataclass(frozen=True)
@@ -120,27 +160,18 @@ class OrtModel:
         return logits.numpy(), OrtCache(tuple(present), mask)
 
     def _open_cache(self, batch: int, length: int) -> SharedCache:
-        """Return an empty cache with room for `length` tokens and some more, bound to the graph once."""
-        room = -(-(length + SPARE_TOKENS) // SPARE_TOKENS) * SPARE_TOKENS
-        buffers = tuple(np.zeros((batch, heads, room, size), dtype) for _, dtype, (heads, size) in self.past)
-        return SharedCache(self._bind(buffers), buffers, 0)
-
-    def _bind(self, buffers: tuple[NDArray[Any], ...]) -> Any:
-        """Bind buffers as past and present."""
-        binding = self.session.io_binding()
-        for (name, dtype, _), buffer in zip(self.past, buffers, strict=True):
-            present = f"present.{name.removeprefix(PAST_PREFIX)}"
-            binding.bind_input(name, "cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
-            binding.bind_output(present, "cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
-        return binding
+        """Return an empty cache with room for `length` tokens and some more."""
+        return SharedCache(Feeder(self.session, self.past, batch, length + SPARE_TOKENS), 0)
 
     def _grow(self, cache: SharedCache, length: int) -> SharedCache:
-        """Return the cache in buffers with room for `length` tokens, at least half as large again."""
-        room = max(length + SPARE_TOKENS, cache.capacity * 3 // 2)
-        buffers = tuple(np.zeros((*old.shape[:2], room, old.shape[3]), old.dtype) for old in cache.buffers)
-        for new, old in zip(buffers, cache.buffers, strict=True):
+        """Return the cache in buffers with room for `length` tokens and some more.
+
+        Room is not doubled: in each step the operator clears all that is free, and a copy once in many steps is less.
+        """
+        grown = self._open_cache(len(cache.feeder.buffers[0]), length)
+        for new, old in zip(grown.feeder.buffers, cache.feeder.buffers, strict=True):
             new[:, :, : cache.length] = old[:, :, : cache.length]
-        return SharedCache(self._bind(buffers), buffers, cache.length)
+        return replace(grown, length=cache.length)
 
     def _run_columns(self, ids: Ids, cache: SharedCache) -> tuple[Logits, SharedCache]:
         parts = []
@@ -155,17 +186,7 @@ class OrtModel:
         total = cache.length + ids.shape[1]
         if total > cache.capacity:
             cache = self._grow(cache, total)
-        kept = ids.shape[1] if every else 1
-        logits = np.empty((len(ids), kept, self.vocab), np.float32)
-        feeds = {
-            "input_ids": np.ascontiguousarray(ids, dtype=np.int64),
-            "attention_mask": np.ones((len(ids), total), np.int64),
-            KEEP: np.array([kept], np.int64),
-        }
-        for name, value in feeds.items():
-            cache.binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        cache.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(cache.binding)
+        logits = cache.feeder.run(ids, total, ids.shape[1] if every else 1, self.vocab)
         return logits, replace(cache, length=total)
 
 
