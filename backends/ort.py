@@ -20,6 +20,7 @@ from compress.errors import UserError
 __all__ = ["OrtCache", "OrtModel", "Speed", "measure", "measure_pair", "open_onnx"]
 
 GRAPH_NAME = "model.onnx"
+CPU_PROVIDER = "CPUExecutionProvider"
 QUIET = 4  # onnxruntime's log level "fatal": what it would log, it also raises
 PAST_PREFIX = "past_key_values."
 KEEP = "logits_to_keep"  # an input that only fused graphs have
@@ -190,11 +191,13 @@ class OrtModel:
         return logits, replace(cache, length=total)
 
 
-def open_onnx(folder: Path, threads: int | None = None) -> OrtModel:
-    """Open `folder`/model.onnx on the CPU with that many threads (None: onnxruntime's choice).
+def open_onnx(folder: Path, threads: int | None = None, provider: str = CPU_PROVIDER) -> OrtModel:
+    """Open `folder`/model.onnx with that many CPU threads (None: onnxruntime's choice) on one of its providers.
 
-    Raises UserError when the graph or its external data is missing or cut short, or onnxruntime refuses it.
+    Raises UserError when the graph or its external data is missing or cut short, onnxruntime refuses it, or the
+    provider is not there.
     """
+    check_provider(provider)
     path = folder / GRAPH_NAME
     if not path.is_file():
         raise UserError(f"{folder} has no {GRAPH_NAME}; export the checkpoint into it first.")
@@ -202,11 +205,26 @@ def open_onnx(folder: Path, threads: int | None = None) -> OrtModel:
     check_external_data(path, graph)
     options = make_options(graph, threads)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except REFUSALS as error:
         raise UserError(f"ONNX Runtime refuses {path} ({first_line(error)}); export it again.") from error
+    if session.get_providers()[0] != provider:  # onnxruntime falls back to the CPU without an error
+        raise UserError(
+            f"{provider} does not start on this machine (its libraries or its device are missing); install them, or "
+            f"use {CPU_PROVIDER}."
+        )
     given = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
     return OrtModel(folder, session, describe_past(path, session), KEEP in given)
+
+
+def check_provider(provider: str) -> None:
+    """Raise UserError for a provider that this onnxruntime does not have."""
+    known = onnxruntime.get_available_providers()
+    if provider not in known:
+        raise UserError(
+            f"This onnxruntime has no provider {provider}, only {', '.join(known)}; choose one, or install the "
+            "onnxruntime package that brings it."
+        )
 
 
 def read_graph(path: Path) -> onnx.GraphProto:

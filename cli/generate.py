@@ -31,6 +31,9 @@ def generate(
         str,
         typer.Option("--runtime", help="onnx, torch, or auto: the ONNX graph where Lightpress wrote one, else torch."),
     ] = "auto",
+    provider: Annotated[
+        str, typer.Option("--provider", help="ONNX Runtime's execution provider; its CPU unless another is named.")
+    ] = "",
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -43,6 +46,6 @@ def generate(
         from compress.report import make_plain
 
         sampling = Sampling(temperature, top_k, seed)
-        answer = generate_text(Question(source, prompt, new, threads, sampling, stop, runtime), console)
+        answer = generate_text(Question(source, prompt, new, threads, sampling, stop, runtime, provider), console)
         console.note(render_answer(answer))
         console.finish(make_plain(answer))

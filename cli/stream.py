@@ -18,7 +18,7 @@ import numpy as np
 from backends.eager import load_eager
 from backends.export_onnx import GRAPH_NAME
 from backends.genai import GENAI_NAME
-from backends.ort import open_onnx
+from backends.ort import CPU_PROVIDER, open_onnx
 from backends.runtime import Logits, Runtime
 from cli.console import Console, RunFailure
 from cli.measure import ONNX_FOLDER, limit_threads
@@ -49,7 +49,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """One `generate`: the folder, the prompt, at most how many new tokens, CPU threads (None: all), and how."""
+    """One `generate`: the folder, the prompt, at most how many new tokens, CPU threads (None: all), and how.
+
+    `provider`: ONNX Runtime's, its CPU if empty.
+    """
 
     source: Path
     prompt: str
@@ -58,6 +61,7 @@ class Question:
     sampling: Sampling = Sampling()
     stop: bool = True
     runtime: str = AUTO
+    provider: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def make_answer(question: Question, made: Made, console: Console) -> Answer:
     check_length(len(ids), question.new, find_context(artifact))
     ends = find_ends(artifact) if question.stop else frozenset()
     started = time.perf_counter()
-    model = open_model(artifact, question.threads, max(ids))
+    model = open_model(artifact, question.threads, max(ids), question.provider)
     load = time.perf_counter() - started
     stream_answer(
         made, iterate_ids(model, ids, make_choice(question.sampling), question.new, ends), TextStream(tokenizer, ends),
@@ -174,12 +178,17 @@ def is_own_graph(folder: Path, graph: Path) -> bool:
         return PRODUCER in stream.read(PRODUCER_PLACE)
 
 
-def open_model(artifact: Artifact, threads: int | None, largest: int) -> Runtime:
-    """Open the model; UserError when it does not have the prompt's largest token id."""
+def open_model(artifact: Artifact, threads: int | None, largest: int, provider: str = "") -> Runtime:
+    """Open the model; UserError when it does not have the prompt's largest token id, or for a provider without use."""
     if artifact.runtime == ONNX:
-        graph = open_onnx(artifact.folder, threads)
+        graph = open_onnx(artifact.folder, threads, provider or CPU_PROVIDER)
         check_vocabulary(artifact, largest, graph.vocab)
         return graph
+    if provider:
+        raise UserError(
+            f"--provider {provider} is ONNX Runtime's, and {artifact.folder} runs with torch: export it first "
+            f"(`lightpress export {artifact.folder} -o {artifact.folder / ONNX_FOLDER}`), or leave it out."
+        )
     limit_threads(threads)
     checkpoint = open_checkpoint(artifact.folder)
     check_vocabulary(artifact, largest, read_spec(checkpoint).shape.vocab)

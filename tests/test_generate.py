@@ -448,6 +448,18 @@ def test_wrong_prompt_is_one_sentence(plain, model):
     refuse((plain, "w5 \udcff"), "not UTF-8")
 
 
+def test_providers_that_are_not_there_are_refused(exported, plain):
+    refuse((exported, PROMPT, "--provider", "FooExecutionProvider"), "no provider FooExecutionProvider", "CPUExecution")
+    refuse((plain, PROMPT, "--provider", "CPUExecutionProvider"), "runs with torch", "lightpress export")
+
+
+def test_a_provider_that_silently_falls_back_is_refused(exported, monkeypatch):
+    # As onnxruntime-cann does without CANN: it is listed, and the session runs on the CPU (reference/ascend.md, 3).
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["AzureExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda session: ["CPUExecutionProvider"])
+    refuse((exported, PROMPT, "--provider", "AzureExecutionProvider"), "does not start", "CPUExecutionProvider")
+
+
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
 def test_tokenizer_of_another_model_is_refused(runtime, exported, tmp_path, monkeypatch):
     folder = copy_folder(exported, tmp_path / "out")
