@@ -77,7 +77,7 @@ def measure_all(models: Sequence[Runtime], prompt: int, new: int, rounds: int) -
     if min(prompt, new, rounds) < 1:
         raise ValueError("prompt, new and rounds must be at least 1")
     vocab = min(model.vocab for model in models)
-    ids = np.random.default_rng(SEED).integers(0, vocab, (1, prompt + new), dtype=np.int64)
+    ids = make_ids(vocab, 1, prompt + new)
     for model in models:  # a round that does not count: the first one pays for memory and caches
         time_round(model, ids, prompt)
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -86,6 +86,25 @@ def measure_all(models: Sequence[Runtime], prompt: int, new: int, rounds: int) -
         for index in order:
             seconds[index].append(time_round(models[index], ids, prompt))
     return [summarise_rounds(own, prompt, new) for own in seconds]
+
+
+def make_ids(vocab: int, batch: int, length: int) -> Ids:
+    """Return random token ids `[batch, length]`, always the same."""
+    return np.random.default_rng(SEED).integers(0, vocab, (batch, length), dtype=np.int64)
+
+
+def time_turn(model: Runtime, ids: Ids, prompt: int, least: float) -> tuple[float, float]:
+    """Return the mean seconds of rounds that last `least` seconds together, after one to wake threads and caches.
+
+    Where a single round lasts that long, it alone counts.
+    """
+    first = time_round(model, ids, prompt)
+    if sum(first) >= least:
+        return first
+    rounds: list[tuple[float, float]] = []
+    while sum(map(sum, rounds)) < least:
+        rounds.append(time_round(model, ids, prompt))
+    return statistics.fmean(one for one, _ in rounds), statistics.fmean(two for _, two in rounds)
 
 
 def time_round(model: Runtime, ids: Ids, prompt: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What `evaluate` and `bench` do: one model, or one against another. Imported only by running verbs."""
+"""What `evaluate` does: one model, or one against another. Imported only by running verbs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cli import measure
 from cli.console import Console
-from cli.request import BenchSize
 from compress.checkpoint import open_checkpoint
 from compress.evaluate import measure_quality
 from compress.recipe import Recipe
@@ -34,13 +33,3 @@ def evaluate_folders(sources: tuple[str, str | None], text: Path, recipe: Recipe
     qualities = measure.compare_models(models[0], models[1], windows, console)
     sides = [measure.merge_metrics(model, own, None) for model, own in zip(models, qualities, strict=True)]
     return Comparison(sides[0], sides[1], note)
-
-
-def bench_folders(sources: tuple[str, str | None], size: BenchSize, console: Console) -> Comparison:
-    """Measure speed of the first source, in alternating rounds with the second if there is one."""
-    models = open_models(sources)
-    size = measure.fit_size(size, models)
-    rates = measure.measure_onnx(models, size, console)
-    sides = [measure.merge_metrics(model, None, rate) for model, rate in zip(models, rates, strict=True)]
-    note = measure.describe_speed(rates[-1], size, "ONNX Runtime")
-    return Comparison(sides[0] if sources[1] else None, sides[-1], speed_note=note)

@@ -56,6 +56,11 @@ def find_export(stack: ExitStack, checkpoint: Checkpoint, console: Console) -> P
     # Many published folders ship a graph of their own, quantised or stale: only one that Lightpress wrote is measured.
     if (folder / GRAPH_NAME).is_file() and (checkpoint.folder / MANIFEST_NAME).is_file():
         return folder
+    return export_scratch(stack, checkpoint, console)
+
+
+def export_scratch(stack: ExitStack, checkpoint: Checkpoint, console: Console) -> Path:
+    """Export a checkpoint to a temporary folder, which goes with the stack."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightpress-bench-")))
     export_onnx(checkpoint, scratch, lambda done, total: console.progress("export", done, total))
     return scratch

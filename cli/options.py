@@ -179,8 +179,6 @@ AsJson = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.", rich_help_panel=OUTPUT)
 ]
-Prompt = Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")]
-New = Annotated[int, typer.Option("--new", min=1, help="Tokens decoded after it.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")]
 
 

@@ -8,11 +8,28 @@ from typing import Any
 
 from cli.console import align_table, format_bytes, format_count
 from compress.plan import LayerPlan, Plan, describe_counts
-from compress.report import DIFFERENT, EQUAL, Comparison, DeviceReport, LayerRow, Metrics, PlanReport, Proof
+from compress.report import (
+    DIFFERENT,
+    EQUAL,
+    BenchProcess,
+    BenchReport,
+    BenchRow,
+    BenchRun,
+    BenchSpeed,
+    Comparison,
+    DeviceReport,
+    LayerRow,
+    Metrics,
+    PlanReport,
+    Proof,
+    Spread,
+)
 
 SLOW = 100
 LEAST_PADDING = 0.0005
 WIDTH = 80  # columns of a plan's tables and notes
+WIDE = 100  # columns of what `bench` prints
+FEW, MILLION = 10, 1e6
 Row = tuple[str, ...]
 
 
@@ -215,6 +232,119 @@ METRICS: Sequence[tuple[str, Callable[[Metrics], float | None], Callable[[float]
     ("prefill tokens/s", lambda m: m.prefill_tokens_per_s, format_rate),
     ("decode tokens/s", lambda m: m.decode_tokens_per_s, format_rate),
 )
+
+
+# What bench found
+
+
+def render_bench(report: BenchReport) -> str:
+    """Return tables of prefill, decode and its share of bandwidth, then of sizes, time to load and memory."""
+    rows = [row for run in report.runs for row in run.rows]
+    tables = [
+        render_rates("prefill, tokens/s", rows, lambda side: side.prefill, lambda row: row.prefill_ratio),
+        render_rates("decode, tokens/s", rows, lambda side: side.decode, lambda row: row.decode_ratio),
+        render_rates("decode, share of read bandwidth", rows, lambda side: side.bandwidth_share, None),
+        align_table(list_footprint(report)),
+    ]
+    notes = [textwrap.fill(note, WIDE) for note in (*list_bench_notes(report), *report.notes)]
+    return "\n\n".join([*tables, "\n".join(notes)])
+
+
+def render_rates(
+    title: str,
+    rows: Sequence[BenchRow],
+    read: Callable[[BenchSpeed], Spread],
+    ratio: Callable[[BenchRow], Spread | None] | None,
+) -> str:
+    """Return a table with a row for each combination of threads, batch and prompt."""
+    show = format_rounded if ratio else format_share_rounded
+    pair = rows[0].dense is not None
+    head: Row = ("threads", "batch", "prompt", *(("dense", "compressed") if pair else ("",)))
+    table: list[Row] = [(*head, "ratio") if pair and ratio else head]
+    for row in rows:
+        sides = [show_spread(read(side), show) for side in (row.dense, row.compressed) if side is not None]
+        found = ratio(row) if pair and ratio else None
+        last = (show_spread(found, format_rounded),) if found else ()
+        table.append((str(row.threads or "all"), str(row.batch), str(row.prompt), *sides, *last))
+    return f"{title}\n{align_table(table)}"
+
+
+def show_spread(found: Spread, show: Callable[[float], str]) -> str:
+    """Return the median with the least and the most behind it, where there were several rounds."""
+    if len(found.values) == 1:
+        return show(found.median)
+    return f"{show(found.median)} ({show(found.low)}..{show(found.high)})"
+
+
+def format_rounded(value: float) -> str:
+    """Return a rate or a ratio with about three digits: 7.25, 72.5, 725, 7254, 72.5k, 725k, 7.25M."""
+    if value >= MILLION:
+        return f"{trim_digits(value / MILLION)}M"
+    return f"{trim_digits(value / 1e3)}k" if value >= FEW * 1e3 else trim_digits(value)
+
+
+def trim_digits(value: float) -> str:
+    """Return a number with three digits, more where they stand before the point."""
+    return f"{value:.0f}" if value >= SLOW else f"{value:.1f}" if value >= FEW else f"{value:.2f}"
+
+
+def format_share_rounded(value: float) -> str:
+    """Return a share in whole per cent, with a digit after the point below ten."""
+    return f"{100 * value:.0f} %" if value >= FEW / 100 else f"{100 * value:.1f} %"
+
+
+def name_threads(threads: int | None) -> str:
+    """Return a number of threads in words."""
+    return {None: "all threads", 1: "1 thread"}.get(threads, f"{threads} threads")
+
+
+def list_footprint(report: BenchReport) -> list[Row]:
+    """Return the rows of what does not depend on the prompt: format, sizes, and by threads load time and memory."""
+    models = [model for model in (report.dense, report.compressed) if model is not None]
+    table: list[Row] = [
+        ("", "dense", "compressed", "ratio"),
+        ("weights", *(model.format for model in models), ""),
+        footprint_row("size on disk", [model.file_bytes for model in models], format_bytes),
+        footprint_row("weights read per token", [model.weight_bytes for model in models], format_bytes),
+    ]
+    for run in report.runs:
+        sides = [side for side in (run.dense, run.compressed) if side is not None]
+        table += list_process_rows(run, sides)
+    return table if len(models) > 1 else [(row[0], row[1]) for row in table[1:]]
+
+
+def list_process_rows(run: BenchRun, sides: Sequence[BenchProcess]) -> list[Row]:
+    """Return load time and peak memory with one number of threads."""
+    where = f", {name_threads(run.threads)}"
+    seconds = [side.load_seconds for side in sides]
+    times = [show_spread(own, lambda value: f"{value:.2f}") + " s" for own in seconds]
+    ratio = f"{seconds[-1].median / seconds[0].median:.3f}"
+    return [
+        (f"time to load{where}", *times, ratio),
+        footprint_row(f"peak memory{where}", [side.peak_bytes for side in sides], format_bytes),
+    ]
+
+
+def footprint_row(name: str, values: Sequence[float], show: Callable[[float], str]) -> Row:
+    """Return a row of one quantity of each model, with the ratio."""
+    return (name, *map(show, values), f"{values[-1] / values[0]:.3f}" if values[0] else "")
+
+
+def list_bench_notes(report: BenchReport) -> list[str]:
+    """Return how it was measured, and the bandwidth that shares are of."""
+    rounds = "one round" if report.rounds == 1 else f"{report.rounds} alternating rounds (least..most)"
+    ratios = "; ratios are medians of each round's own" if report.dense else ""
+    notes = [
+        f"{report.runtime}, {report.new} new tokens, median of {rounds}{ratios}. All rows of a batch count together. "
+        "Memory is that of the process, Python and its libraries with it."
+    ]
+    for run in report.runs:
+        speed = show_spread(run.bandwidth, lambda value: f"{value / 1e9:.1f}")
+        notes.append(
+            f"Read bandwidth, {name_threads(run.threads)}: {speed} GB/s, "
+            "measured between the rounds with one large float32 product; its median counts."
+        )
+    return notes
 
 
 def render_proof(proof: Proof) -> str:

@@ -19,6 +19,20 @@ class BenchSize:
 
 
 @dataclass(frozen=True)
+class BenchPlan:
+    """What `bench` measures: each prompt with each batch and each number of threads (None: ONNX Runtime's choice).
+
+    No prompts, or no number of new tokens: those of BenchSize, as far as the model's context holds them.
+    """
+
+    prompts: tuple[int, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int | None, ...] = (None,)
+    new: int | None = None
+    rounds: int = BenchSize.rounds
+
+
+@dataclass(frozen=True)
 class Request:
     """One `compress` or `plan`: what to read, how, and which later stages to run."""
 

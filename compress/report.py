@@ -123,6 +123,95 @@ class RunReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A number that was measured in several rounds: the median, the least, the most, and all in order."""
+
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """One measured graph: number format of most weights, bytes of its files, bytes of weights read for a token.
+
+    `graph`: None where a temporary export was measured.
+    """
+
+    source: str
+    graph: Path | None
+    format: str
+    file_bytes: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchProcess:
+    """The process that ran a graph: seconds to open it (each in a fresh process), peak resident bytes at the end.
+
+    `before_bytes`: the peak when Python and its libraries were there, but no model yet.
+    """
+
+    load_seconds: Spread
+    peak_bytes: int
+    before_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchSpeed:
+    """Tokens per second of all rows of a batch together, and the share of read bandwidth that decoding reaches.
+
+    `step_bytes`: weights and cache that a decode step reads on average.
+    """
+
+    prefill: Spread
+    decode: Spread
+    bandwidth_share: Spread
+    step_bytes: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One combination of batch and prompt, dense against compressed; ratios are those of each round."""
+
+    threads: int | None
+    batch: int
+    prompt: int
+    dense: BenchSpeed | None
+    compressed: BenchSpeed
+    prefill_ratio: Spread | None
+    decode_ratio: Spread | None
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """All that was measured with one number of threads (None: ONNX Runtime's choice).
+
+    `bandwidth`: bytes per second read by one product with a large weight, measured before and after each round.
+    """
+
+    threads: int | None
+    bandwidth: Spread
+    dense: BenchProcess | None
+    compressed: BenchProcess
+    rows: tuple[BenchRow, ...]
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything `bench` found out; without a dense side, one model alone."""
+
+    dense: BenchModel | None
+    compressed: BenchModel
+    new: int
+    rounds: int
+    runtime: str
+    runs: tuple[BenchRun, ...]
+    notes: tuple[str, ...] = ()
+
+
 def make_plain(value: Any) -> Any:
     """Return dataclasses, paths and tuples as what JSON knows; numbers that JSON does not know become null."""
     if is_dataclass(value) and not isinstance(value, type):

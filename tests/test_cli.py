@@ -213,7 +213,7 @@ def test_other_verbs(model, text, tmp_path):
     assert pair["compressed"]["agreement"] == 1
     assert pair["compressed"]["perplexity"] == pytest.approx(alone["compressed"]["perplexity"])
     speeds = run_json("bench", source, "--against", source, "--prompt", 8, "--new", 2, "--rounds", 1, "--threads", 1)
-    assert speeds["compressed"]["decode_tokens_per_s"] > 0
+    assert speeds["runs"][0]["rows"][0]["compressed"]["decode"]["median"] > 0
 
 
 def test_overwrite_replaces_only_when_asked(model, text, tmp_path):
