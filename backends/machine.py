@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 from scipy.optimize import least_squares
 
 from backends.export_onnx import export_onnx
+from backends.footprint import STREAM, open_stream
 from backends.ort import OrtModel, open_onnx
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter
@@ -43,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 # Rows of the products that are timed: one (bandwidth), few, and enough for the peak.
 ROWS = (32, 128, 512)
 WIDE = (1024, 4096)  # K and N of a product: 16 MiB
-STREAM = (4096, 8192)  # 128 MiB: beyond the last cache of nearly all machines
+STREAM_SECONDS = 0.25
 CACHED = (1024, 2048)  # 8 MiB: inside it
 # Sizes of the random decoders: hidden, FFN, heads, layers. Small ones are all fixed cost; the last one computes.
 DECODERS = (
@@ -75,7 +76,7 @@ def measure_machine(
     products = [(rows, time_product(rows, *WIDE, threads)) for rows in ROWS]
     peak, half = fit_products(products)
     progress("measure", 1, stages)
-    stream = product_bytes(*STREAM) / time_product(1, *STREAM, threads) / 1e9
+    stream = open_stream(threads, STREAM)(STREAM_SECONDS) / 1e9
     cached = product_bytes(*CACHED) / time_product(1, *CACHED, threads) / 1e9
     elements, launch = time_vector(threads), time_launch(threads)
     progress("measure", 2, stages)
