@@ -1,22 +1,67 @@
-"""`lightpress evaluate`: perplexity of a checkpoint, alone or against another."""
+"""`lightpress evaluate`: perplexity of a checkpoint and its answers to tasks, alone or against another."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cli import options
 from cli.console import Console
+from compress.errors import UserError
+
+# lm-eval's libraries read these when they are imported: nothing is downloaded unless the user's environment says so,
+# the console shows the progress, and standard errors take no processes of their own.
+SURROUNDINGS = (
+    "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "DISABLE_MULTIPROC",
+)  # fmt: skip
+# What can be evaluated on, and the flags that do nothing without one of those behind them.
+KINDS = ("text", "tasks", "pairs", "choices")
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "windows": ("text",),
+    "length": ("text",),
+    "field": ("text",),
+    "task-folder": ("tasks",),
+    "shots": ("tasks",),
+    "limit": ("tasks", "pairs", "choices"),
+}
 
 
 def evaluate(
     *,
-    source: options.Source,
-    text: Annotated[Path, typer.Option("--text", help="Text to evaluate on: .txt, .jsonl or .parquet.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER", help="Checkpoint folder or hub id; for tasks also an exported ONNX folder."),
+    ],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text to measure perplexity on: .txt, .jsonl or .parquet.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,...", help="Tasks of lm-eval (extra `eval`), offline.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="Folder with YAML files of more lm-eval tasks.")
+    ] = None,
+    pairs: Annotated[
+        list[Path] | None,
+        typer.Option("--pairs", help="Minimal pairs: .jsonl with sentence_good and sentence_bad. May be repeated."),
+    ] = None,
+    choices: Annotated[
+        list[Path] | None,
+        typer.Option("--choices", help="Multiple choice: .jsonl with question (or context), choices and answer."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="The first so many examples of each task.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Solved examples before each question, for --tasks.")
+    ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="DENSE", help="The model to compare with: agreement and KL.")
+        str | None,
+        typer.Option("--against", metavar="DENSE", help="The model to compare with: agreement, KL, its task scores."),
     ] = None,
     windows: Annotated[int | None, options.recipe_option("windows", "Windows of text.")] = None,
     length: options.Length = None,
@@ -25,18 +70,31 @@ def evaluate(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure perplexity on a text, and agreement with another model.
+    """Measure perplexity on a text, answers to tasks, and agreement with another model.
 
-    Example: lightpress evaluate ./model-70 --against ./model --text held-out.txt
+    Example: lightpress evaluate ./model-70 --against ./model --text held-out.txt --choices questions.jsonl
     """
     recipe = options.read_recipe(None, {"windows": windows, "length": length, "field": field})
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    check_flags({
+        "text": text, "tasks": names, "pairs": pairs, "choices": choices, "windows": windows, "length": length,
+        "field": field, "task-folder": task_folder, "shots": shots, "limit": limit,
+    })  # fmt: skip
+    for name in SURROUNDINGS if names else ():
+        os.environ.setdefault(name, "1")
     with Console(as_json, quiet) as console:
-        from cli.compare import evaluate_folders
-        from cli.measure import limit_threads
-        from cli.render import render_comparison
-        from compress.report import make_plain
+        from backends.harness import TaskRequest
+        from cli.tasks import evaluate_all, gather_questions
 
-        limit_threads(threads)
-        found = evaluate_folders((source, against), text, recipe, console)
-        console.show(render_comparison(found))
-        console.finish(make_plain(found))
+        request = TaskRequest(names, task_folder, limit, shots)
+        questions = gather_questions(request, pairs or [], choices or [], console)
+        console.finish(evaluate_all((source, against), (text, recipe), questions, threads, console))
+
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Raise UserError where there is nothing to evaluate on, or a flag that does nothing."""
+    if not any(given[kind] for kind in KINDS):
+        raise UserError("Nothing to evaluate on: give --text FILE, --tasks NAMES, --pairs FILE or --choices FILE.")
+    for name, kinds in NEEDS.items():
+        if given[name] is not None and not any(given[kind] for kind in kinds):
+            raise UserError(f"--{name} does nothing without --{' or --'.join(kinds)}: leave it out, or give that too.")
