@@ -12,6 +12,9 @@ define NEWLINE
 
 endef
 
+# torch-npu without CANN breaks `import torch` unless it is kept from loading by itself; the command sets this too.
+export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
+
 .DEFAULT_GOAL := help
 .PHONY: demo test lint bench clean help check-python
 .NOTPARALLEL: # two pip runs in one environment break each other

@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.console import Console
+from cli.device import CPU, DeviceOption, bench_on
 from cli.request import BenchPlan, BenchSize
 from compress.errors import UserError
 
@@ -38,6 +39,7 @@ def bench(
         int | None, typer.Option("--new", min=1, help=f"Tokens decoded after it. [default: {BenchSize.new}]")
     ] = None,
     rounds: options.Rounds = BenchSize.rounds,
+    device: DeviceOption = CPU,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -48,6 +50,9 @@ def bench(
     counts = read_counts("--threads", threads)
     plan = BenchPlan(read_counts("--prompt", prompt), read_counts("--batch", batch), counts or (None,), new, rounds)
     with Console(as_json, quiet) as console:
+        if device != CPU:
+            console.finish(bench_on(device, (source, against), plan, console))
+            return
         from cli.render import render_bench
         from cli.speed import bench_folders
         from compress.report import make_plain

@@ -11,6 +11,7 @@ import typer
 
 from cli import options
 from cli.console import Console
+from cli.device import CPU, DeviceOption, evaluate_on
 from compress.errors import UserError
 
 # lm-eval's libraries read these when they are imported: nothing is downloaded unless the user's environment says so,
@@ -66,6 +67,7 @@ def evaluate(
     windows: Annotated[int | None, options.recipe_option("windows", "Windows of text.")] = None,
     length: options.Length = None,
     field: options.Field = None,
+    device: DeviceOption = CPU,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -83,6 +85,10 @@ def evaluate(
     for name in SURROUNDINGS if names else ():
         os.environ.setdefault(name, "1")
     with Console(as_json, quiet) as console:
+        if device != CPU:
+            asked = bool(names or pairs or choices)
+            console.finish(evaluate_on(device, (source, against), (text, recipe), asked, console))
+            return
         from backends.harness import TaskRequest
         from cli.tasks import evaluate_all, gather_questions
 

@@ -34,12 +34,57 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """Scale `x` `[..., n]` to unit root mean square, times `weight + offset`; 16-bit values are squared in float32."""
+    wide = x.float() if x.dtype in HALVES else x  # a square overflows float16 from 256 on
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * (weight + offset)
+
+
+def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
+    """Rotate the first values of each head as `rope` pairs them; `heads` `[batch, heads, sequence, head_dim]`."""
+    return rotate(heads, cos, sin, rope.interleaved)
+
+
+def mix_values(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Mix values by causal softmax scores, `[batch, heads, sequence, head_dim]`; keys may be longer than queries."""
+    length, total = query.shape[2], key.shape[2]
+    narrow = window is not None and window < total
+    mask = None if length in (1, total) and not narrow else causal_mask(length, total, window, query.device)
+    causal = mask is None and length > 1
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def causal_mask(length: int, total: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Return `[length, total]`, True where a query may look; queries are the last `length` positions."""
+    query = torch.arange(total - length, total, device=device)[:, None]
+    key = torch.arange(total, device=device)[None]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations that a device may have fused kernels for; the defaults are plain torch and define the result."""
+
+    norm: Callable[[Tensor, Tensor, float, float], Tensor] = rms_norm
+    rotate: Callable[[Tensor, Tensor, Tensor, RopeSpec], Tensor] = rotate_heads
+    mix: Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor] = mix_values
+
+
+PLAIN = Kernels()
+
+
 @dataclass(frozen=True)
 class Frame:
-    """What all layers share for one call: positions `[batch, sequence]` and rotary tables by RopeSpec."""
+    """What all layers share for one call: positions `[batch, sequence]`, rotary tables by RopeSpec, the kernels."""
 
     positions: Tensor
     tables: dict[RopeSpec, tuple[Tensor, Tensor]]
+    kernels: Kernels = PLAIN
 
 
 def make_frame(spec: ModelSpec, batch: int, length: int, start: int = 0, dtype: torch.dtype = torch.float32) -> Frame:
@@ -49,14 +94,9 @@ def make_frame(spec: ModelSpec, batch: int, length: int, start: int = 0, dtype: 
     return Frame(positions, {rope: compute_tables(rope, positions[:1], dtype) for rope in ropes})
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """Scale `x` `[..., n]` to unit root mean square, times `weight + offset`."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + offset)
-
-
-def apply_norm(spec: ModelSpec, weights: Weights, role: str, x: Tensor) -> Tensor:
+def apply_norm(spec: ModelSpec, weights: Weights, role: str, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """Apply the norm of `role` if the layer has it."""
-    return rms_norm(x, weights[role], spec.eps, spec.norm_offset) if role in weights else x
+    return kernels.norm(x, weights[role], spec.eps, spec.norm_offset) if role in weights else x
 
 
 def project(weights: Weights, role: str, x: Tensor) -> Tensor:
@@ -64,15 +104,17 @@ def project(weights: Weights, role: str, x: Tensor) -> Tensor:
     return F.linear(x, weights[role], weights.get(f"{role}_bias"))
 
 
-def project_heads(spec: ModelSpec, weights: Weights, role: str, x: Tensor, size: int) -> Tensor:
+def project_heads(
+    spec: ModelSpec, weights: Weights, role: str, x: Tensor, size: int, kernels: Kernels = PLAIN
+) -> Tensor:
     """Project to heads `[batch, heads, sequence, size]`, with the qk-norm of the role if there is one."""
     flat = project(weights, role, x)
     norm, span = f"{role}_norm", spec.family.attention.qk_norm
     if span == "all":
-        flat = apply_norm(spec, weights, norm, flat)
+        flat = apply_norm(spec, weights, norm, flat, kernels)
     heads = flat.reshape(*flat.shape[:-1], -1, size)
     if span == "head":
-        heads = apply_norm(spec, weights, norm, heads)
+        heads = apply_norm(spec, weights, norm, heads, kernels)
     return heads.transpose(1, 2)
 
 
@@ -80,31 +122,25 @@ def attention_context(
     spec: ModelSpec, layer: LayerSpec, weights: Weights, x: Tensor, frame: Frame, past: Past | None = None
 ) -> tuple[Tensor, Past]:
     """Return the input of `o` `[batch, sequence, heads * head_dim]` and the keys and values so far."""
-    inputs = apply_norm(spec, weights, "attn_in", x)
-    size = layer.shape.head_dim
-    query, key, value = (project_heads(spec, weights, role, inputs, size) for role in ("q", "k", "v"))
+    kernels, size = frame.kernels, layer.shape.head_dim
+    inputs = apply_norm(spec, weights, "attn_in", x, kernels)
+    query, key, value = (project_heads(spec, weights, role, inputs, size, kernels) for role in ("q", "k", "v"))
     if layer.rope is not None:
         cos, sin = frame.tables[layer.rope]
-        query = rotate(query, cos, sin, layer.rope.interleaved)
-        key = rotate(key, cos, sin, layer.rope.interleaved)
+        query, key = (kernels.rotate(heads, cos, sin, layer.rope) for heads in (query, key))
     if past is not None:
         key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-    mixed = attend(spec, layer, query, key, value)
+    mixed = attend(spec, layer, query, key, value, kernels)
     return mixed.transpose(1, 2).flatten(2), (key, value)
 
 
-def attend(spec: ModelSpec, layer: LayerSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Mix values by causal softmax scores, `[batch, heads, sequence, head_dim]`; keys may be longer than queries."""
-    length, total = query.shape[2], key.shape[2]
-    narrow = layer.window is not None and layer.window < total
-    if spec.attention_softcap is not None:
+def attend(
+    spec: ModelSpec, layer: LayerSpec, query: Tensor, key: Tensor, value: Tensor, kernels: Kernels = PLAIN
+) -> Tensor:
+    """Mix values by causal scores, soft-capped or not, `[batch, heads, sequence, head_dim]`."""
+    if spec.attention_softcap is not None:  # no fused kernel has it
         return attend_capped(spec, layer, query, key, value)
-    mask = None if length in (1, total) and not narrow else causal_mask(length, total, layer.window)
-    causal = mask is None and length > 1
-    grouped = layer.shape.group > 1
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=causal, scale=spec.attention_scale, enable_gqa=grouped
-    )
+    return kernels.mix(query, key, value, spec.attention_scale, layer.window)
 
 
 def attend_capped(spec: ModelSpec, layer: LayerSpec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -113,46 +149,40 @@ def attend_capped(spec: ModelSpec, layer: LayerSpec, query: Tensor, key: Tensor,
     assert cap is not None
     key, value = (heads.repeat_interleave(layer.shape.group, 1) for heads in (key, value))
     scores = torch.tanh(query @ key.transpose(2, 3) * (spec.attention_scale / cap)) * cap
-    mask = causal_mask(query.shape[2], key.shape[2], layer.window)
+    mask = causal_mask(query.shape[2], key.shape[2], layer.window, query.device)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
 
 
-def causal_mask(length: int, total: int, window: int | None) -> Tensor:
-    """Return `[length, total]`, True where a query may look; queries are the last `length` positions."""
-    query = torch.arange(total - length, total)[:, None]
-    key = torch.arange(total)[None]
-    mask = key <= query
-    return mask if window is None else mask & (key > query - window)
-
-
-def attention_branch(spec: ModelSpec, weights: Weights, context: Tensor) -> Tensor:
+def attention_branch(spec: ModelSpec, weights: Weights, context: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """Return what attention adds to the residual stream, `[..., hidden]`."""
-    return apply_norm(spec, weights, "attn_out", project(weights, "o", context)) * spec.residual_multiplier
+    return apply_norm(spec, weights, "attn_out", project(weights, "o", context), kernels) * spec.residual_multiplier
 
 
-def mlp_activation(spec: ModelSpec, weights: Weights, x: Tensor) -> Tensor:
+def mlp_activation(spec: ModelSpec, weights: Weights, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """Return the input of `down`, `[..., ffn]`: act(gate) * up of the normed stream."""
-    inputs = apply_norm(spec, weights, "mlp_in", x)
+    inputs = apply_norm(spec, weights, "mlp_in", x, kernels)
     return ACTIVATIONS[spec.activation](project(weights, "gate", inputs)) * project(weights, "up", inputs)
 
 
-def mlp_branch(spec: ModelSpec, weights: Weights, activation: Tensor) -> Tensor:
+def mlp_branch(spec: ModelSpec, weights: Weights, activation: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """Return what the MLP adds to the residual stream, `[..., hidden]`."""
-    return apply_norm(spec, weights, "mlp_out", project(weights, "down", activation)) * spec.residual_multiplier
+    raw = project(weights, "down", activation)
+    return apply_norm(spec, weights, "mlp_out", raw, kernels) * spec.residual_multiplier
 
 
 def run_layer(
     spec: ModelSpec, layer: LayerSpec, weights: Weights, x: Tensor, frame: Frame, past: Past | None = None
 ) -> tuple[Tensor, Past]:
     """Run one decoder layer over the stream `x` `[batch, sequence, hidden]`."""
+    kernels = frame.kernels
     context, present = attention_context(spec, layer, weights, x, frame, past)
-    x = x + attention_branch(spec, weights, context)
-    return x + mlp_branch(spec, weights, mlp_activation(spec, weights, x)), present
+    x = x + attention_branch(spec, weights, context, kernels)
+    return x + mlp_branch(spec, weights, mlp_activation(spec, weights, x, kernels), kernels), present
 
 
-def compute_logits(spec: ModelSpec, weights: Weights, x: Tensor) -> Tensor:
+def compute_logits(spec: ModelSpec, weights: Weights, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """Return logits `[..., vocab]` of the last layer's stream."""
-    normed = rms_norm(x, weights["final_norm"], spec.eps, spec.norm_offset)
+    normed = kernels.norm(x, weights["final_norm"], spec.eps, spec.norm_offset)
     logits = F.linear(normed, weights["head"]) / spec.logit_divisor
     cap = spec.logit_softcap
     return logits if cap is None else torch.tanh(logits / cap) * cap
