@@ -265,5 +265,7 @@ def require_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} exists; choose another file or add --overwrite.")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file.")
+    if path.exists() and not path.is_file():  # the file is put in place by a rename, which would replace /dev/null
+        raise UserError(f"{path}: is a device or a pipe; give the name of a file.")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.absolute().parent}; create it first.")

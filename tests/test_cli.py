@@ -397,6 +397,9 @@ def test_plan_of_another_model_is_refused(model, text, tmp_path):
     file.write_text(json.dumps(data))
     refuse(("compress", model("llama"), "--text", text, "--plan", file, "-o", out, *SMALL), ["layer 0 ffn"], out)
     refuse(("plan", model("llama"), "--text", text, "-o", file, *SMALL), ["exists"])
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null: no plain file, and a rename would take its place
+    refuse(("plan", model("llama"), "--text", text, "-o", tmp_path / "pipe", *SMALL), ["a device or a pipe"])
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
