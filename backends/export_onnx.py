@@ -46,6 +46,7 @@ DATA_NAME = "model.onnx.data"
 GRAPH_ROOM = 64 * 2**20  # bytes, more than the graph and the tokenizer files of any model take
 Progress = Callable[[int, int], None]
 PAST = "past_sequence"
+EMBEDDINGS = "embeddings"
 TOTAL = "past_sequence + sequence"
 EVERYTHING = 2**31 - 1
 
@@ -55,6 +56,10 @@ class Quantiser(Protocol):
 
     def quantise_layer(self, index: int, weights: Weights) -> Weights:
         """Return one layer's weights by role, matrices quantised."""
+        ...
+
+    def estimate_bytes(self) -> int:
+        """Return about the bytes that all weights will take."""
         ...
 
     def quantise_ends(self, checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Quantised | None, Quantised | None]:
@@ -93,9 +98,9 @@ def export_onnx(
     if dtype not in ELEMENT_TYPES:
         raise UserError(f"An ONNX graph of {dtype} is not supported; export it as torch.float32.")
     spec = read_spec(checkpoint)
-    check_space(folder, spec.shape.parameters * dtype.itemsize + GRAPH_ROOM)
+    weights = form.quantiser.estimate_bytes() if form.quantiser else spec.shape.parameters * dtype.itemsize
+    check_space(folder, weights + GRAPH_ROOM)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with FolderWriter(folder) as writer:
             write = write_fused if form.fused else write_model
             write(writer, checkpoint, spec, progress, form)
@@ -123,12 +128,15 @@ class FolderWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made = False
         # The same names in every run, so that the next one overwrites what a killed one left.
         self.graph = folder / f".{GRAPH_NAME}.part"
         self.data_path = folder / f".{DATA_NAME}.part"
 
     def __enter__(self) -> FolderWriter:
-        """Open the data file."""
+        """Open the data file, in a folder made for it if there is none."""
+        self.made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.data = self.data_path.open("wb")
         return self
 
@@ -142,6 +150,9 @@ class FolderWriter:
                 self.data.close()
             self.graph.unlink(missing_ok=True)
             self.data_path.unlink(missing_ok=True)
+            if kind is not None and self.made:
+                with suppress(OSError):
+                    self.folder.rmdir()
 
     def _finish(self) -> None:
         self.data.flush()
@@ -176,8 +187,7 @@ def write_fused(
     graph, quantiser = GraphBuilder(writer.data, DATA_NAME), form.quantiser
     declare_interface(graph, spec, fused=True)
     frame = emit_fused_frame(graph, spec)
-    ends = store_ends(graph, checkpoint, spec, quantiser)
-    stream = Stream(emit_scaled(graph, ends.embed(graph, "input_ids"), spec.embedding_multiplier))
+    stream = Stream(EMBEDDINGS)  # emitted last: how many bits it has is known when all layers are quantised
     for index in range(len(spec.layers)):
         weights: Weights = dict(read_layer(checkpoint, spec, index, torch.float32))
         weights = quantiser.quantise_layer(index, weights) if quantiser else weights
@@ -185,6 +195,10 @@ def write_fused(
         stream = emit_fused_layer(graph, spec, index, stored, stream, frame)
         if progress is not None:
             progress(index + 1, len(spec.layers))
+    ends = store_ends(graph, checkpoint, spec, quantiser)
+    start = len(graph.nodes)
+    graph.rename(emit_scaled(graph, ends.embed(graph, "input_ids"), spec.embedding_multiplier), EMBEDDINGS)
+    graph.move_first(start)
     norm = checkpoint.read_one(spec.names["final_norm"], torch.float32) + spec.norm_offset
     emit_last_logits(graph, spec, stream, graph.store("final_norm.weight", norm), ends)
     writer.write_graph(graph.build_model("lightpress").SerializeToString(deterministic=True))

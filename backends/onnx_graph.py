@@ -120,6 +120,10 @@ class GraphBuilder:
             raise ValueError(f"{value} is not what the last node gives")
         node.output[0] = name
 
+    def move_first(self, start: int) -> None:
+        """Move the nodes from index `start` on before all others."""
+        self.nodes = self.nodes[start:] + self.nodes[:start]
+
     def name(self, what: str) -> str:
         """Return a fresh name for an output of the next node."""
         return self._name_output(what)

@@ -184,12 +184,12 @@ def test_quantised_graphs_hold_what_was_quantised(
 def dequantise_model(checkpoint: Checkpoint, form: WeightForm, windows: Windows) -> EagerModel:
     spec, dense = read_spec(checkpoint), load_eager(checkpoint)
     with LayerQuantiser(checkpoint, spec, form, windows) as quantiser:
-        embed, head = (matrix.dequantise() for matrix in quantiser.quantise_ends(checkpoint, spec) if matrix)
         layers = []
         for index in range(len(spec.layers)):
             found = quantiser.quantise_layer(index, read_layer(checkpoint, spec, index, torch.float32))
             floats = {r: m.dequantise() if isinstance(m, Quantised) else m for r, m in found.items()}
             layers.append(floats)
+        embed, head = (matrix.dequantise() for matrix in quantiser.quantise_ends(checkpoint, spec) if matrix)
     return EagerModel(spec, embed, tuple(layers), {**dense.head, "head": head})
 
 

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.quantize import gptq
-from compress.quantize.blocks import FACTORS, REFITS, Quantised, round_to_nearest, search_scales
-from compress.quantize.gptq import RIDGE, output_error, quantise_gptq
+from compress.quantize.blocks import FACTORS, REFITS, Format, Quantised, round_to_nearest, search_scales, stack_rows
+from compress.quantize.gptq import (
+    RIDGE,
+    factor_upper,
+    output_error,
+    plan_walks,
+    quantise_gptq,
+    quantise_part,
+    quantise_readers,
+)
 
 FORMATS = list(itertools.product((4, 8), (16, 32, 128), (True, False)))
 
@@ -78,6 +86,30 @@ def test_operator_with_inputs_of_eight_bits_comes_close(bits, block, symmetric):
     wanted = x @ quantised.dequantise().T
     missed = torch.from_numpy(run_operator(quantised, x.numpy(), 4)) - wanted
     assert float(missed.norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize("inputs", [150, 256])
+@pytest.mark.parametrize(("bits", "block", "symmetric"), FORMATS)
+def test_packed_rows_are_what_the_lookup_reads(bits, block, symmetric, inputs):
+    """GatherBlockQuantized, the embedding's operator, takes the same bytes: row after row instead of block by block."""
+    quantised = round_to_nearest(draw(7, inputs), bits, block, symmetric)
+    codes, zeros = quantised.pack()
+    tensors = {"codes": codes.flatten(1), "scales": quantised.scales} | ({} if zeros is None else {"zeros": zeros})
+    names = ["codes", "ids", "scales", *list(tensors)[2:]]
+    node = helper.make_node(
+        "GatherBlockQuantized", names, ["y"], domain="com.microsoft", bits=bits, block_size=block, gather_axis=0,
+        quantize_axis=1,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node], "one", [helper.make_tensor_value_info("ids", TensorProto.INT64, (1, 3))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()],
+    )  # fmt: skip
+    domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(None, {"ids": np.array([[3, 6, 0]])})[0]
+    assert np.array_equal(got[0, :, :inputs], quantised.dequantise()[[3, 6, 0]].numpy())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -316,6 +348,43 @@ def test_gptq_does_large_matrices_part_by_part_alike(monkeypatch):
     assert torch.equal(whole.scales, parts.scales)
     assert torch.equal(whole.zeros, parts.zeros)
     assert output_error(weight, parts, gram) == pytest.approx(error, rel=1e-12)
+
+
+def slow_factor(matrix: Tensor) -> Tensor:
+    """R of matrix = R R^T, entry by entry from the last column."""
+    size = len(matrix)
+    factor = torch.zeros_like(matrix)
+    for column in reversed(range(size)):
+        for row in reversed(range(column + 1)):
+            left = float(matrix[row, column])
+            left -= sum(float(factor[row, k]) * float(factor[column, k]) for k in range(column + 1, size))
+            factor[row, column] = left**0.5 if row == column else left / float(factor[column, column])
+    return factor
+
+
+@pytest.mark.parametrize("panel", [1, 7, 256])
+def test_factor_in_place_equals_the_slow_one(panel, monkeypatch):
+    monkeypatch.setattr(gptq, "PANEL", panel)
+    matrix = draw_gram(40) + torch.eye(40, dtype=torch.float64)
+    work = matrix.clone()
+    assert factor_upper(work) is work
+    torch.testing.assert_close(work.triu(), slow_factor(matrix), rtol=1e-9, atol=1e-11)
+
+
+def test_weights_that_read_the_same_are_rounded_as_if_alone(monkeypatch):
+    monkeypatch.setattr(gptq, "ROWS", 7)
+    gram, weights = draw_gram(100), [draw(rows, 100, seed=rows) for rows in (20, 7, 3)]
+    before = gram.clone()
+    together = quantise_readers(weights, gram, Format(4, 32, symmetric=False))
+    walks, form = plan_walks(gram), Format(4, 32, symmetric=False)
+    for weight, found in zip(weights, together, strict=True):
+        alone = quantise_gptq(weight, gram, 4, 32, symmetric=False)
+        by_blocks = stack_rows((quantise_part(part, walks, form) for part in weight.split(5)), len(weight))
+        for other in (alone, by_blocks):
+            assert torch.equal(found.codes, other.codes)
+            assert torch.equal(found.scales, other.scales)
+            assert torch.equal(found.zeros, other.zeros)
+    assert torch.equal(gram, before)
 
 
 @pytest.mark.parametrize(("block", "inputs"), [(32, 300), (256, 600)])

@@ -7,7 +7,7 @@ magnitude then takes the code that only one sign has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +100,9 @@ class Quantised:
 
 def join_halves(codes: Tensor) -> Tensor:
     """Return uint8 `[..., ceil(n / 2)]` with two 4-bit codes a byte, the first one low."""
-    even = pad(codes, (0, codes.shape[-1] % 2))
-    return even[..., ::2] | even[..., 1::2] << 4
+    odd = codes.shape[-1] % 2
+    even = pad(codes, (0, odd)) if odd else codes
+    return (even[..., 1::2] << 4).bitwise_or_(even[..., ::2])
 
 
 def round_to_nearest(weight: Tensor, bits: int, block: int, symmetric: bool) -> Quantised:
@@ -133,12 +134,14 @@ def quantise_rows(weight: Tensor, form: Format, find: Callable[[Tensor], Grid]) 
     check_finite(weight)
     blocks = -(-weight.shape[1] // form.block)
     rows = max(1, PIECE // (blocks * form.block))
-    pieces = []
-    for part in torch.split(weight, rows):
-        values = cut_blocks(part.double(), form.block)
-        grid = find(values)
-        pieces.append(store_codes(encode(values, grid, form), grid, form, weight.shape[1]))
-    return stack_rows(pieces)
+    return stack_rows((quantise_piece(part, form, find) for part in torch.split(weight, rows)), len(weight))
+
+
+def quantise_piece(part: Tensor, form: Format, find: Callable[[Tensor], Grid]) -> Quantised:
+    """Quantise a few rows at once."""
+    values = cut_blocks(part.double(), form.block)
+    grid = find(values)
+    return store_codes(encode(values, grid, form), grid, form, part.shape[1])
 
 
 def check_finite(weight: Tensor) -> None:
@@ -162,14 +165,29 @@ def store_codes(codes: Tensor, grid: Grid, form: Format, inputs: int) -> Quantis
     return Quantised(codes.to(torch.uint8).flatten(1), scales.float(), stored, form.bits, form.block, inputs)
 
 
-def stack_rows(pieces: list[Quantised]) -> Quantised:
-    """Return pieces of rows as one weight."""
-    first = pieces[0]
-    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-    return Quantised(
-        torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scales for piece in pieces]),
-        torch.cat(zeros) if zeros else None, first.bits, first.block, first.inputs,
-    )  # fmt: skip
+def stack_rows(pieces: Iterable[Quantised], rows: int) -> Quantised:
+    """Return pieces of rows, `rows` in all, as one weight; a piece can go as soon as the next one comes."""
+    start, whole = 0, None
+    for piece in pieces:
+        whole = whole or start_rows(piece, rows)
+        span = slice(start, start + len(piece.codes))
+        whole.codes[span], whole.scales[span] = piece.codes, piece.scales
+        if whole.zeros is not None and piece.zeros is not None:
+            whole.zeros[span] = piece.zeros
+        start = span.stop
+    if whole is None or start != rows:
+        raise ValueError(f"the pieces have {start} rows, not {rows}")
+    return whole
+
+
+def start_rows(piece: Quantised, rows: int) -> Quantised:
+    """Return room for `rows` rows like those of `piece`."""
+    tensors = [
+        None if one is None else one.new_empty(rows, one.shape[1]) for one in (piece.codes, piece.scales, piece.zeros)
+    ]
+    codes, scales, zeros = tensors
+    assert codes is not None and scales is not None
+    return Quantised(codes, scales, zeros, piece.bits, piece.block, piece.inputs)
 
 
 def encode(values: Tensor, grid: Grid, form: Format) -> Tensor:

@@ -8,6 +8,7 @@ without inverting H.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +25,21 @@ from compress.quantize.blocks import (
     stack_rows,
     store_codes,
 )
-from compress.solve import damp_gram
+from compress.solve import ridge_level
 
 RIDGE = 0.01  # times the mean diagonal, as in the paper
 ROWS = 2048  # rows worked on at once, so that the head of a large vocabulary is never held in float64
+PANEL = 256  # columns factored at once
 LAZY = 128  # columns rounded before the others hear of it, where scales are given
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The order of the columns `[in]`, the factor R of the damped Gram matrix in that order, and its diagonal."""
+    """The order of the columns `[in]`, the factor R of the damped Gram matrix in that order, and its diagonal.
+
+    R is the upper triangle of `factor` `[in, in]`; what lies below it means nothing. `importance` `[in]` is in the
+    order of the inputs.
+    """
 
     order: Tensor
     factor: Tensor
@@ -55,6 +61,19 @@ class Rounding:
     loss: Tensor
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Rows rounded on one walk: codes uint8 `[in, rows]` in the order of the inputs, scales, zeros, loss as above."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    loss: Tensor
+
+
+Walker = Callable[[Tensor, Walk, Format], Rounding]
+
+
 def quantise_gptq(
     weight: Tensor, gram: Tensor, bits: int, block: int, symmetric: bool, ridge: float = RIDGE
 ) -> Quantised:
@@ -65,11 +84,25 @@ def quantise_gptq(
     weights, because blocks are of neighbours. Raises UserError for bits and blocks that the operator does not have,
     and for values that are not finite.
     """
-    form = Format(bits, block, symmetric)
-    check_finite(weight)
-    damped = damp_gram(check_gram(gram, weight.shape[1]), ridge)
-    walks = plan_walk(damped, torch.arange(len(damped))), plan_walk(damped, sort_inputs(damped))
-    return stack_rows([quantise_part(part, walks, form) for part in torch.split(weight, ROWS)])
+    return quantise_readers([weight], gram, Format(bits, block, symmetric), ridge)[0]
+
+
+def quantise_readers(
+    weights: Sequence[Tensor], gram: Tensor, form: Format, ridge: float = RIDGE
+) -> list[Quantised]:
+    """Quantise weights `[out, in]` that read the same inputs as `quantise_gptq` does each; raises what it raises.
+
+    The Gram matrix is factored once an order for all of them, one order after the other: beside `gram` there is one
+    matrix of its size at a time.
+    """
+    for weight in weights:
+        check_finite(weight)
+    parts = [part for weight in weights for part in torch.split(weight, ROWS)]
+    exact = check_gram(gram, weights[0].shape[1])
+    second = round_parts(parts, plan_walk(exact, sort_inputs(exact), ridge), round_by_activation, form)
+    first = round_parts(parts, plan_walk(exact, torch.arange(len(exact)), ridge), round_in_place, form)
+    pieces = (choose_rows(*pair, form) for pair in zip(first, second, strict=True))
+    return [stack_rows((next(pieces) for _ in torch.split(weight, ROWS)), len(weight)) for weight in weights]
 
 
 def check_gram(gram: Tensor, inputs: int) -> Tensor:
@@ -82,26 +115,65 @@ def check_gram(gram: Tensor, inputs: int) -> Tensor:
     return gram.double()
 
 
-def sort_inputs(damped: Tensor) -> Tensor:
+def sort_inputs(gram: Tensor) -> Tensor:
     """Return the inputs by falling mean square."""
-    return torch.argsort(damped.diagonal(), descending=True, stable=True)
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
-def plan_walk(damped: Tensor, order: Tensor) -> Walk:
-    """Factor the damped Gram matrix with its inputs in `order`."""
-    last = order.flip(0)
-    factor = torch.linalg.cholesky(damped[last[:, None], last]).flip(0, 1)
-    return Walk(order, factor, damped.diagonal())
+def plan_walks(gram: Tensor, ridge: float = RIDGE) -> tuple[Walk, Walk]:
+    """Return both walks at once, for a weight whose rows come block by block (`quantise_part`)."""
+    exact = check_gram(gram, len(gram))
+    return plan_walk(exact, torch.arange(len(exact)), ridge), plan_walk(exact, sort_inputs(exact), ridge)
+
+
+def plan_walk(gram: Tensor, order: Tensor, ridge: float) -> Walk:
+    """Damp the Gram matrix and factor it with its inputs in `order`."""
+    level = ridge_level(gram, ridge)
+    copy = gram[order[:, None], order]
+    copy.diagonal().add_(level)
+    return Walk(order, factor_upper(copy), gram.diagonal() + level)
+
+
+def factor_upper(matrix: Tensor) -> Tensor:
+    """Overwrite the upper triangle of a positive definite `[n, n]` with R, where R R^T was the matrix; return it.
+
+    Panels of columns from the last to the first, in place (a blocked Cholesky factorisation from the other end).
+    """
+    for stop in range(len(matrix), 0, -PANEL):
+        start = max(0, stop - PANEL)
+        panel = matrix[:stop, start:stop]
+        panel -= matrix[:stop, stop:] @ matrix[start:stop, stop:].T
+        corner = torch.linalg.cholesky(panel[start:].flip(0, 1)).flip(0, 1)
+        panel[start:] = corner
+        panel[:start] = torch.linalg.solve_triangular(corner.T, panel[:start], upper=False, left=False)
+    return matrix
 
 
 def quantise_part(weight: Tensor, walks: tuple[Walk, Walk], form: Format) -> Quantised:
-    """Quantise some rows in both orders and keep the better one of each row."""
-    values = weight.double()
+    """Quantise some rows `[rows, in]` on both walks and keep the better one of each row; UserError unless finite."""
+    check_finite(weight)
     plain, by_activation = walks
-    first, second = round_in_place(values, plain, form), round_by_activation(values, by_activation, form)
+    first = round_parts([weight], plain, round_in_place, form)
+    second = round_parts([weight], by_activation, round_by_activation, form)
+    return choose_rows(first[0], second[0], form)
+
+
+def round_parts(parts: Sequence[Tensor], walk: Walk, walker: Walker, form: Format) -> list[Rounded]:
+    """Round parts one by one."""
+    back, done = torch.argsort(walk.order), []
+    for part in parts:
+        state = walker(part.double(), walk, form)
+        done.append(Rounded(state.codes[back], state.scales, state.zeros, state.loss))
+    return done
+
+
+def choose_rows(first: Rounded, second: Rounded, form: Format) -> Quantised:
+    """Return the better one of each row."""
     better = second.loss < first.loss
-    codes = torch.where(better, second.codes[torch.argsort(by_activation.order)], first.codes)
-    scales, zeros = torch.where(better, second.scales, first.scales), torch.where(better, second.zeros, first.zeros)
+    codes, scales, zeros = (
+        torch.where(better, new, old)
+        for new, old in ((second.codes, first.codes), (second.scales, first.scales), (second.zeros, first.zeros))
+    )
     return store_rounding(codes, (scales.T.contiguous(), zeros.T.contiguous()), form)
 
 
