@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cli.bench import bench
+from cli.check_ascend import check_ascend
 from cli.compress import compress
 from cli.console import RunFailure
 from cli.demo import demo
@@ -128,6 +129,7 @@ VERBS: Mapping[str, Any] = {
     "plan": plan,
     "inspect": inspect,
     "export": export,
+    "check-ascend": check_ascend,
     "generate": generate,
     "evaluate": evaluate,
     "bench": bench,

@@ -54,15 +54,12 @@ def evaluate(
         list[Path] | None,
         typer.Option("--choices", help="Multiple choice: .jsonl with question (or context), choices and answer."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="The first so many examples of each task.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples of each task, from the first.")] = None,
     shots: Annotated[
         int | None, typer.Option("--shots", min=0, help="Solved examples before each question, for --tasks.")
     ] = None,
     against: Annotated[
-        str | None,
-        typer.Option("--against", metavar="DENSE", help="The model to compare with: agreement, KL, its task scores."),
+        str | None, typer.Option("--against", metavar="DENSE", help="Compare with this model: agreement, KL, scores.")
     ] = None,
     windows: Annotated[int | None, options.recipe_option("windows", "Windows of text.")] = None,
     length: options.Length = None,
@@ -77,16 +74,14 @@ def evaluate(
     Example: lightpress evaluate ./model-70 --against ./model --text held-out.txt --choices questions.jsonl
     """
     recipe = options.read_recipe(None, {"windows": windows, "length": length, "field": field})
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    names = read_names(tasks or "")
     check_flags({
         "text": text, "tasks": names, "pairs": pairs, "choices": choices, "windows": windows, "length": length,
         "field": field, "task-folder": task_folder, "shots": shots, "limit": limit,
     })  # fmt: skip
-    for name in SURROUNDINGS if names else ():
-        os.environ.setdefault(name, "1")
     with Console(as_json, quiet) as console:
         if device != CPU:
-            asked = bool(names or pairs or choices)
+            asked = bool(tasks or pairs or choices)
             console.finish(evaluate_on(device, (source, against), (text, recipe), asked, console))
             return
         from backends.harness import TaskRequest
@@ -95,6 +90,14 @@ def evaluate(
         request = TaskRequest(names, task_folder, limit, shots)
         questions = gather_questions(request, pairs or [], choices or [], console)
         console.finish(evaluate_all((source, against), (text, recipe), questions, threads, console))
+
+
+def read_names(tasks: str) -> tuple[str, ...]:
+    """Return the names of lm-eval tasks, and prepare its surroundings if there are any."""
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    for name in SURROUNDINGS if names else ():
+        os.environ.setdefault(name, "1")
+    return names
 
 
 def check_flags(given: Mapping[str, Any]) -> None:

@@ -3,70 +3,100 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
+from cli import export_flags as flags
 from cli import options
 from cli.console import Console, format_bytes
 from compress.errors import UserError
 
-TARGETS = ("onnx", "uniform")
-
 
 def export(
     *,
+    context: typer.Context,
     source: options.Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    target: Annotated[str, typer.Option("--target", help=f"One of: {', '.join(TARGETS)}.")] = TARGETS[0],
-    weights: Annotated[
-        str, typer.Option("--format", help="Weights of the graph: fp32, int8 or int4 (embedding and head then int8).")
-    ] = "fp32",
-    method: Annotated[
-        str,
-        typer.Option("--method", help="How weights are rounded: gptq (with text), search (no text) or nearest."),
-    ] = "gptq",
-    block: Annotated[int, typer.Option("--block", help="Inputs that share a scale: 32, 64 or 128.")] = 32,
-    symmetric: Annotated[
-        bool, typer.Option("--symmetric/--asymmetric", help="Whether blocks have no zero point of their own.")
-    ] = False,
-    standard: Annotated[
-        bool, typer.Option("--standard-ops", help="Only operators of the ONNX standard, for other runtimes.")
-    ] = False,
-    text: Annotated[Path | None, typer.Option("--text", help="Text that GPTQ learns from; else sampled.")] = None,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of that text.")] = 64,
+    output: flags.Output,
+    target: flags.Target = None,
+    profile: flags.Profile = None,
+    format: flags.Format = None,  # noqa: A002 (the flag's name)
+    method: flags.Method = "gptq",
+    block: flags.Block = None,
+    symmetric: flags.Symmetric = None,
+    ends: flags.Ends = "auto",
+    standard: flags.StandardOps = False,
+    text: flags.Text = None,
+    windows: flags.Windows = 64,
+    smooth: flags.Smooth = 0.5,
+    mixed: flags.Mixed = True,
+    int8_head: flags.Int8Head = False,
+    soc_version: flags.SocVersion = "",
+    dtype: flags.Dtype = "",
+    devices: flags.Devices = 1,
+    cache: flags.Cache = None,
+    gears: flags.Gears = "",
+    static: flags.Static = False,
+    ids: flags.Ids = "int64",
+    logits: flags.LogitsOf = "last",
+    precision: flags.Precision = "",
+    external_weight: flags.ExternalWeight = None,
+    host_cpu: flags.HostCpu = None,
+    jobs: flags.Jobs = 4,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Export a checkpoint for a runtime: onnx writes model.onnx with its data and the tokenizer files; uniform writes
-    an equal Hugging Face folder whose layers are zero-padded to one shape, so that stock code opens an uneven model.
+    """Export a checkpoint for a runtime.
+
+    onnx: a graph for ONNX Runtime. uniform: an equal Hugging Face folder whose layers are zero-padded to one shape, so
+    that stock code opens an uneven model. ascend-om: a graph, script and runner for ATC. ascend-hf: a Hugging Face
+    folder for vllm-ascend and MindIE, quantised or not.
 
     Example: lightpress export ./model --target onnx -o ./model/onnx
     """
-    if target not in TARGETS:
-        raise UserError(f"--target {target} is not one of {', '.join(TARGETS)}.")
+    asked = dict(context.params)
     with Console(as_json, quiet) as console:
-        from backends.export_onnx import export_onnx
-        from cli.prepare import check_weights
-        from cli.weights import FormatFlags, open_form
-        from compress.checkpoint import open_checkpoint
-
-        if target == "uniform":
-            export_uniform(source, output, overwrite, console)
-            return
-        flags = FormatFlags(weights, method, block, symmetric, standard, text, windows)
-        check_folder(output, Path(source), overwrite)
-        checkpoint = open_checkpoint(source)
-        check_weights(checkpoint, console)
-        with open_form(flags, checkpoint, console) as form:
-            graph = export_onnx(checkpoint, output, lambda *steps: console.progress("export", *steps), form)
-        sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
-        console.show(f"{graph} written: {len(sizes)} files, {format_bytes(sum(sizes.values()))}.")
-        console.finish({"graph": str(graph), "files": sizes})
+        chosen = choose_target(target, profile)
+        flags.refuse_idle(context, chosen)
+        WRITERS[chosen](source, output, asked, console)
 
 
-def export_uniform(source: str, output: Path, overwrite: bool, console: Console) -> None:
+def choose_target(target: str | None, profile: str | None) -> str:
+    """Return the target that was asked for, else the profile's, else onnx; UserError for one that is not there."""
+    if target is None and profile is not None:
+        from profiles.loader import load_profile
+
+        return load_profile(profile).runtime.export
+    if target not in (None, *flags.TARGETS):
+        raise UserError(f"--target {target} is not one of {', '.join(flags.TARGETS)}.")
+    return target or flags.ONNX
+
+
+def write_onnx(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
+    """Write a graph for ONNX Runtime."""
+    from backends.export_onnx import export_onnx
+    from cli.prepare import check_weights
+    from cli.weights import FormatFlags, choose_format, open_form
+    from compress.checkpoint import open_checkpoint
+    from compress.weights import read_spec
+
+    check_folder(output, Path(source), asked["overwrite"])
+    checkpoint = open_checkpoint(source)
+    name, profile = asked["format"], asked["profile"]
+    if name is None and profile is not None:
+        name = choose_format(profile, read_spec(checkpoint).shape, asked["standard"], console)
+    own = {key: asked[key] for key in ("method", "block", "symmetric", "standard", "text", "windows", "ends")}
+    form_flags = FormatFlags(name or "fp32", **own)
+    check_weights(checkpoint, console)
+    with open_form(form_flags, checkpoint, console) as form:
+        graph = export_onnx(checkpoint, output, lambda *steps: console.progress("export", *steps), form)
+    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
+    console.show(f"{graph} written: {len(sizes)} files, {format_bytes(sum(sizes.values()))}.")
+    console.finish({"graph": str(graph), "files": sizes})
+
+
+def write_uniform(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
     """Write the zero-padded uniform copy of a checkpoint."""
     from cli.prepare import check_weights
     from compress.checkpoint import open_checkpoint
@@ -77,15 +107,42 @@ def export_uniform(source: str, output: Path, overwrite: bool, console: Console)
     checkpoint = open_checkpoint(source)
     spec = read_spec(checkpoint)
     config = uniform_config(spec)
-    check_output(output, checkpoint.folder, overwrite)
+    check_output(output, checkpoint.folder, asked["overwrite"])
     check_weights(checkpoint, console)
-    with CheckpointWriter(output, config, overwrite=overwrite, source=checkpoint.folder) as writer:
+    with CheckpointWriter(output, config, overwrite=asked["overwrite"], source=checkpoint.folder) as writer:
         write_padded(checkpoint, spec, writer)
         for path in checkpoint.side_files():
             writer.add_file(path)
         writer.finish()
     console.show(f"{output} written: every layer padded with zeros to the shape of the widest.")
     console.finish({"folder": str(output), "config": config})
+
+
+def write_om(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
+    """Write what ATC compiles."""
+    from cli.ascend_om import OmFlags, run_om_export
+
+    names = (
+        "soc_version", "cache", "gears", "static", "ids", "logits", "precision", "external_weight", "host_cpu", "jobs",
+        "overwrite",
+    )  # fmt: skip
+    own = {key: asked[key] for key in names}
+    run_om_export(source, output, OmFlags(asked["profile"] or "", dtype=asked["format"] or "fp16", **own), console)
+
+
+def write_hf(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
+    """Write a folder for Ascend's model servers."""
+    from cli.ascend_hf import HfFlags, export_ascend_hf
+
+    names = ("soc_version", "dtype", "devices", "smooth", "mixed", "int8_head", "text", "windows")
+    own = {key: asked[key] for key in names}
+    given = HfFlags(
+        profile=asked["profile"] or "", quantisation=asked["format"] or "none", gptq=asked["method"] == "gptq", **own
+    )
+    export_ascend_hf(source, output, given, asked["overwrite"], console)
+
+
+WRITERS = {flags.ONNX: write_onnx, flags.UNIFORM: write_uniform, flags.OM: write_om, flags.HF: write_hf}
 
 
 def check_folder(output: Path, source: Path, overwrite: bool) -> None:

@@ -16,7 +16,8 @@ from compress.recipe import AXES, Recipe, flag, merge_recipe
 
 BUDGET, DEVICE, SCORES, SURGERY, REPAIR = "Budget and shape", "Device", "Scores", "Surgery", "Repair"
 TEXT, OUTPUT = "Text", "Output"
-PANELS = ("Arguments", BUDGET, DEVICE, SCORES, SURGERY, REPAIR, TEXT, OUTPUT, "Options")
+WEIGHTS, ASCEND = "Weights", "Ascend"
+PANELS = ("Arguments", BUDGET, DEVICE, SCORES, SURGERY, REPAIR, WEIGHTS, ASCEND, TEXT, OUTPUT, "Options")
 # What each key of a recipe says in the help, under which heading.
 HELP: Mapping[str, Mapping[str, str]] = {
     BUDGET: {

@@ -202,6 +202,17 @@ def gather_texts(job: Job, console: Console) -> Texts:
     return split_windows(windows, recipe, console)
 
 
+def gather_calibration(text: Path | None, count: int, checkpoint: Checkpoint, console: Console) -> Windows:
+    """Return `count` windows of a text, or of what the model itself samples where there is none."""
+    spec = read_spec(checkpoint)
+    recipe = Recipe(windows=count, length=min(Recipe().length, spec.max_positions))
+    if text is None:
+        console.note("No --text given: the model samples its own calibration text.")
+        return sample_windows(checkpoint, spec, recipe, console.progress)
+    size = (recipe.windows, recipe.length)
+    return read_windows(text, load_tokenizer(checkpoint.folder), dict(spec.config), size, recipe.field)
+
+
 def read_evaluation(job: Job, path: Path) -> Windows:
     """Read the windows of a text that is only evaluated on."""
     size = (EVAL_WINDOWS, job.recipe.length)

@@ -9,28 +9,37 @@ from pathlib import Path
 
 from backends.export_onnx import FUSED, STANDARD, GraphForm
 from cli.console import Console
+from cli.prepare import gather_calibration
 from compress.checkpoint import Checkpoint
 from compress.errors import UserError
+from compress.quantize.ends import ENDS, EndChoice
 from compress.quantize.stream import METHODS, LayerQuantiser, WeightForm
-from compress.recipe import Recipe
-from compress.sample import sample_windows
-from compress.text import Windows, load_tokenizer, read_windows
+from compress.shapes import ModelShape
 from compress.weights import read_spec
+from profiles.cost import DECODE, Workload, estimate_cost
+from profiles.loader import load_profile
+from profiles.profile import Profile
 
+BLOCKS = (32, 64, 128)
+# Fewer scales are fewer bytes: blocks of 128 decode 1.3 times as fast as blocks of 32, and with GPTQ they are still
+# better than blocks of 32 rounded to the nearest (benchmarks/RESULTS.md). A narrow model would be mostly padding.
+MOST_PADDING = 1.05
+PROMPT, OUTPUT = 128, 128  # tokens of the request whose decode steps are predicted
 BITS = {"fp32": 0, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
 class FormatFlags:
-    """What the command line says of the weights: format, method, block, the text that GPTQ learns from."""
+    """What the command line says of the weights: format, method, block, ends, and the text that GPTQ learns from."""
 
     name: str
     method: str
-    block: int
-    symmetric: bool
+    block: int | None
+    symmetric: bool | None
     standard: bool
     text: Path | None
     windows: int
+    ends: str = ENDS[0]
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -38,6 +47,12 @@ class FormatFlags:
             raise UserError(f"--format {self.name} is not one of {', '.join(BITS)}.")
         if self.method not in METHODS:
             raise UserError(f"--method {self.method} is not one of {', '.join(METHODS)}.")
+        if self.block not in (None, *BLOCKS):
+            raise UserError(f"--block {self.block} is not one of {', '.join(map(str, BLOCKS))}.")
+        if self.ends not in ENDS:
+            raise UserError(f"--ends {self.ends} is not one of {', '.join(ENDS)}.")
+        if self.ends != ENDS[0] and not BITS[self.name]:
+            raise UserError(f"--ends {self.ends} is for quantised weights: give --format int8 or int4 with it.")
         if self.standard and BITS[self.name]:
             raise UserError(
                 f"--standard-ops has no operator for {self.name} weights: leave it out, or give --format fp32."
@@ -54,18 +69,86 @@ def open_form(flags: FormatFlags, checkpoint: Checkpoint, console: Console) -> I
         yield STANDARD if flags.standard else FUSED
         return
     spec = read_spec(checkpoint)
-    form = WeightForm(bits, flags.block, flags.symmetric, flags.method)
-    windows = gather_windows(flags, checkpoint, console) if flags.method == METHODS[0] else None
+    form = make_weight_form(bits, flags, spec.shape)
+    learns = flags.method == METHODS[0]
+    windows = gather_calibration(flags.text, flags.windows, checkpoint, console) if learns else None
     with LayerQuantiser(checkpoint, spec, form, windows) as quantiser:
         yield GraphForm(quantiser=quantiser)
+        if quantiser.choice is not None:
+            console.note(describe_ends(quantiser.choice))
 
 
-def gather_windows(flags: FormatFlags, checkpoint: Checkpoint, console: Console) -> Windows:
-    """Read the calibration text, or let the model sample its own."""
-    spec = read_spec(checkpoint)
-    recipe = Recipe(windows=flags.windows, length=min(Recipe().length, spec.max_positions))
-    if flags.text is None:
-        console.note("No --text given: the model samples its own calibration text.")
-        return sample_windows(checkpoint, spec, recipe, console.progress)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    return read_windows(flags.text, tokenizer, dict(spec.config), (recipe.windows, recipe.length), recipe.field)
+def make_weight_form(bits: int, flags: FormatFlags, shape: ModelShape) -> WeightForm:
+    """Return how weights are stored; 8 bits are next to exact without zero points, 4 bits want them."""
+    symmetric = bits > 4 if flags.symmetric is None else flags.symmetric  # noqa: PLR2004
+    return WeightForm(bits, flags.block or choose_block(shape), symmetric, flags.method, flags.ends)
+
+
+def choose_block(shape: ModelShape) -> int:
+    """Return the largest block that rows can be filled up to without much padding."""
+    for block in sorted(BLOCKS, reverse=True):
+        if count_padded(shape, block) <= MOST_PADDING * count_padded(shape, 1):
+            return block
+    return min(BLOCKS)
+
+
+def count_padded(shape: ModelShape, block: int) -> int:
+    """Return the weights of all layers' products with their rows filled up to whole blocks."""
+
+    def fill(inputs: int) -> int:
+        return -(-inputs // block) * block
+
+    return sum(
+        fill(shape.hidden) * (one.query + 2 * one.kv + 2 * one.ffn) + shape.hidden * (fill(one.query) + fill(one.ffn))
+        for one in shape.layers
+    )
+
+
+def describe_ends(choice: EndChoice) -> str:
+    """Return a sentence on the bits of embedding and head."""
+    said = f"Embedding in {choice.embedding} bits, head in {choice.head}"
+    found = choice.measured
+    if found is None:
+        return f"{said}."
+    return (
+        f"{said}: 4 bits would move predictions by {found.embedding:.2g} and {found.head:.2g} nats per token, the "
+        f"layers' own rounding by {found.layers:.2g} (Kullback-Leibler, on text held out); --ends overrides."
+    )
+
+
+# Formats by profile
+
+
+def choose_format(name: str, shape: ModelShape, standard: bool, console: Console) -> str:
+    """Return the format that the profile of this name decodes fastest with, by the cost model, and say why."""
+    profile = load_profile(name)
+    formats = [own for own in list_formats(profile) if not (standard and BITS[own])]
+    if not formats:
+        raise UserError(
+            f"--profile {profile.name}: {profile.runtime.name} there reads none of the graphs that export writes for "
+            f"ONNX Runtime ({', '.join(BITS)}); name a CPU profile (see `lightpress profiles list`), or give --format."
+        )
+    speeds = {own: predict_speed(own, shape, profile) for own in formats}
+    best = max(formats, key=lambda own: speeds[own])
+    told = ", ".join(f"{own} {speed:.3g}" for own, speed in speeds.items())
+    console.note(f"Format {best}, the fastest on {profile.name}: predicted tokens/s in decode are {told}.")
+    return best
+
+
+def list_formats(profile: Profile) -> list[str]:
+    """Return the formats of ours that a profile's runtime reads, the more exact first."""
+    if profile.runtime.export != "onnx":
+        return []
+    formats = profile.formats
+    read = (*formats.quantisations, "fp32")
+    return [name for name in BITS if name in formats.weights and name in read]
+
+
+def predict_speed(name: str, shape: ModelShape, profile: Profile) -> float:
+    """Return the predicted tokens per second of decoding one sequence; quantised models have their head in 8 bits."""
+    formats = profile.formats
+    work = Workload(
+        DECODE, PROMPT, OUTPUT, weights=name, activations=formats.activations[0], kv=formats.kv[0],
+        head="int8" if BITS[name] else "",
+    )  # fmt: skip
+    return estimate_cost(shape, profile, work).tokens_per_s
