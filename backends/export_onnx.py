@@ -62,6 +62,10 @@ class Quantiser(Protocol):
         """Return about the bytes that all weights will take."""
         ...
 
+    def sample_logits(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids of some windows and the logits behind the quantised layers, once these are done."""
+        ...
+
     def quantise_ends(self, checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Quantised | None, Quantised | None]:
         """Return embedding and output head, each None where it stays as it is; a tied model's are one object."""
         ...

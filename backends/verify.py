@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from compress.report import DIFFERENT, EQUAL, SKIPPED, Proof
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Proof", "verify_folder"]
+__all__ = ["Proof", "Sample", "verify_folder"]
 
 # All sides compute in float32 from the same stored weights and differ in the order of their sums only: deep models
 # reach 1e-5 to 1e-4 of the largest logit, while one wrong tensor moves logits by a tenth of it or more.
@@ -41,30 +42,46 @@ ONNX_FOLDER = "onnx"
 ERROR_PREFIX = "verify: "
 
 
-def verify_folder(folder: Path, sample_ids: Tensor, sample_logits: Tensor, onnx: bool) -> list[Proof]:
+@dataclass(frozen=True)
+class Sample:
+    """Ids `[batch, sequence]`, the logits `[batch, sequence, vocab]` they should give, and how near they must come.
+
+    `tolerance`: share of the largest logit.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    tolerance: float = TOLERANCE
+
+
+def verify_folder(
+    folder: Path, sample_ids: Tensor, sample_logits: Tensor, onnx: bool, graph: Sample | None = None
+) -> list[Proof]:
     """Open `folder` with transformers, and its onnx subfolder with ONNX Runtime, and compare logits.
 
-    `sample_ids` `[batch, sequence]` and `sample_logits` `[batch, sequence, vocab]` come from the model in memory.
+    `sample_ids` `[batch, sequence]` and `sample_logits` `[batch, sequence, vocab]` come from the model in memory;
+    `graph` is what the ONNX graph should compute, where its weights are others (quantised ones).
     """
-    runtimes = [TRANSFORMERS, *([ONNXRUNTIME] if onnx else [])]
-    with tempfile.TemporaryDirectory(prefix="lightpress-verify-") as scratch:
-        sample = Path(scratch) / "sample.npz"
-        np.savez(sample, ids=sample_ids.numpy(), logits=sample_logits.float().numpy())
-        return [prove_runtime(runtime, folder, sample) for runtime in runtimes]
+    exact = Sample(sample_ids, sample_logits)
+    runtimes = [(TRANSFORMERS, exact), *([(ONNXRUNTIME, graph or exact)] if onnx else [])]
+    return [prove_runtime(runtime, folder, sample) for runtime, sample in runtimes]
 
 
-def prove_runtime(runtime: str, folder: Path, sample: Path) -> Proof:
+def prove_runtime(runtime: str, folder: Path, sample: Sample) -> Proof:
     """Compare one runtime in a fresh process, unless it cannot open such a folder at all."""
     reason = explain_skip(folder) if runtime == TRANSFORMERS else ""
     if reason:
         return Proof(runtime, SKIPPED, reason=reason)
-    command = [sys.executable, "-P", "-m", "backends.verify", runtime, str(folder), str(sample)]
-    ran = subprocess.run(command, env=make_environment(), capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="lightpress-verify-") as scratch:
+        stored = Path(scratch) / "sample.npz"
+        np.savez(stored, ids=sample.ids.numpy(), logits=sample.logits.float().numpy())
+        command = [sys.executable, "-P", "-m", "backends.verify", runtime, str(folder), str(stored)]
+        ran = subprocess.run(command, env=make_environment(), capture_output=True, text=True, check=False)
     if ran.returncode == -signal.SIGKILL:
         return Proof(runtime, SKIPPED, reason="its process was killed, probably for lack of memory")
     if ran.returncode:
         return Proof(runtime, DIFFERENT, reason=f"it does not open the folder ({find_error(ran.stderr)})")
-    return judge(runtime, **json.loads(ran.stdout.splitlines()[-1]))
+    return judge(runtime, sample.tolerance, **json.loads(ran.stdout.splitlines()[-1]))
 
 
 def explain_skip(folder: Path) -> str:
@@ -93,9 +110,9 @@ def find_error(text: str) -> str:
     return (ours or lines or ["it was killed"])[-1].rstrip(".")
 
 
-def judge(runtime: str, max_error: float, scale: float, agreement: float) -> Proof:
+def judge(runtime: str, tolerance: float, max_error: float, scale: float, agreement: float) -> Proof:
     """Turn a measured difference into a proof; a NaN on either side counts as different."""
-    same = max_error <= TOLERANCE * scale
+    same = max_error <= tolerance * scale
     reason = "" if same else f"logits differ by up to {max_error:.3g} at a largest logit of {scale:.3g}"
     return Proof(runtime, EQUAL if same else DIFFERENT, max_error, scale, agreement, reason)
 

@@ -156,6 +156,7 @@ def build_folder(out: Path, last: str, build: Callable[[Path], Any]) -> Path:
 def build_ours(place: Place, name: str) -> Path:
     """Export our folder of one format; rounding to the nearest, as speed does not depend on the values."""
     method: list[str] = [] if name == "fp32" else ["--method", "nearest"]
+    method += ["--ends", "4"] if name == "int4" else []  # as the peers' heads; what --ends auto takes is for quality
 
     def build(out: Path) -> None:
         given: list[str | Path] = ["export", place.model, "--format", name, "-o", out, "--overwrite", "-q", *method]

@@ -8,7 +8,7 @@ from compress.recipe import Recipe
 from compress.shapes import ModelShape
 from compress.surgery.job import SMALL_MODEL
 
-FLOAT, DOUBLE = 4, 8
+HALF, FLOAT, DOUBLE = 2, 4, 8
 # Passes over the text in units of one dense forward pass: scoring, selection and probes, both streams, solves
 # (benchmarks/cost.py: 4.7 for a large model), and what refining and trying plans adds on a small one.
 PASSES, SMALL_PASSES = 5.0, 40.0
@@ -18,10 +18,10 @@ SMALL_FILES = 16 * 2**20  # tokenizer, configuration, manifest, graph without we
 BATCH_TOKENS = 2048  # the forward runs over so many tokens at once
 
 
-def estimate_disk(shape: ModelShape, keep: float, itemsize: int, export: bool) -> int:
-    """Return bytes of the weights in the stored type, plus those of the float32 ONNX data if exported."""
+def estimate_disk(shape: ModelShape, keep: float, itemsize: int, export: bool, ascend: bool = False) -> int:
+    """Return bytes of the weights in the stored type, of the ONNX data (float32 at most), and of an Ascend folder."""
     parameters = int(keep * shape.layer_parameters) + shape.embedding_parameters
-    return parameters * (itemsize + (FLOAT if export else 0)) + SMALL_FILES
+    return parameters * (itemsize + (FLOAT if export else 0) + (HALF if export and ascend else 0)) + SMALL_FILES
 
 
 def list_streams(shape: ModelShape, recipe: Recipe) -> list[int]:

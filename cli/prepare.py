@@ -162,9 +162,15 @@ def check_disk(job: Job) -> None:
     itemsize = storage_dtype(job.checkpoint, spec).itemsize
     if request.output is not None:
         kept = recipe.keep if job.plan is None and recipe.budget == "keep" else 1.0
-        check_space(request.output, estimate_disk(spec.shape, kept, itemsize, request.export))
+        ascend = writes_ascend(job.device)
+        check_space(request.output, estimate_disk(spec.shape, kept, itemsize, request.export, ascend))
     dense_graph = estimate_disk(spec.shape, 1.0, 0, request.export) if request.bench and request.output else 0
     check_space(Path(tempfile.gettempdir()), estimate_spill(spec.shape, recipe) + dense_graph)
+
+
+def writes_ascend(device: Device | None) -> bool:
+    """Tell whether the device gets a folder of its own beside the graph."""
+    return device is not None and device.profile.runtime.export.startswith("ascend")
 
 
 def check_memory(job: Job) -> None:

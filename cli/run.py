@@ -16,15 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import cli.measure as speeds
-from backends.export_onnx import export_onnx
 from backends.runtime import Speed
 from backends.verify import verify_folder
 from cli import options
+from cli.artifact import EXACT, Artifact, measure_graph, write_artifacts
 from cli.budget import THIS_MACHINE, Device, describe_workload
 from cli.console import Console, RunFailure
 from cli.estimate import estimate_disk, estimate_memory, estimate_seconds
 from cli.measure import Model
-from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
+from cli.prepare import (
+    Job,
+    Texts,
+    decide_plan,
+    gather_texts,
+    keeps_everything,
+    prepare_job,
+    require_file,
+    writes_ascend,
+)
 from cli.render import render_choices, render_comparison, render_plan, render_proof, render_tried
 from cli.request import BenchSize, Request
 from cli.version import read_version
@@ -40,11 +49,13 @@ from compress.report import DIFFERENT, Comparison, DeviceReport, LayerRow, PlanR
 from compress.shapes import LayerShape, ModelShape
 from compress.spec import expected_tensors, resolve_model
 from compress.surgery.describe import new_config
+from compress.text import Windows
 from profiles.rules import check_shape, padding_loss
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
 UNDERSHOOT = 0.05  # share of the parameters that a plan may remove beyond what was asked for without a word
 Scorer = Callable[[Model], dict[str, float]]
+Made = tuple[Artifact, tuple[Proof, ...]]
 
 
 @dataclass
@@ -75,9 +86,9 @@ def run_compress(request: Request, console: Console, scorer: Scorer | None = Non
     with clock.time("plan"):
         plan = decide_plan(job, texts.calibration, console)
     summary = show_plan(job, plan, console)
-    output, proofs = write_model(job, plan, texts, clock, console)
+    output, made = write_model(job, plan, texts, clock, console)
     try:
-        return finish_run(job, (texts, summary, proofs), clock, console, scorer)
+        return finish_run(job, (texts, summary, made), clock, console, scorer)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"stopped; {output} is complete, but not yet compared with the dense model") from stop
 
@@ -141,7 +152,7 @@ def report_plan(job: Job, plan: Plan) -> PlanReport:
         dense_bytes=job.checkpoint.nbytes,
         kept_fraction=shape.layer_parameters / dense.layer_parameters,
         peak_memory_bytes=estimate_memory(dense, job.recipe, itemsize),
-        disk_bytes=estimate_disk(shape, 1.0, itemsize, job.request.export),
+        disk_bytes=estimate_disk(shape, 1.0, itemsize, job.request.export, writes_ascend(job.device)),
         predicted_loss=read_prediction(plan),
         skipped_sinks=read_count(plan, "skipped_sink_tokens"),
         pinned_channels=read_count(plan, "pinned_channels"),
@@ -181,7 +192,7 @@ def make_row(index: int, layer: LayerShape) -> LayerRow:
 
 def write_model(
     job: Job, plan: Plan, texts: Texts, clock: Clock, console: Console
-) -> tuple[Path, tuple[Proof, ...]]:
+) -> tuple[Path, Made]:
     """Rebuild, export and prove the model in a hidden folder, which becomes the output by one rename."""
     request, recipe = job.request, job.recipe
     assert request.output is not None
@@ -201,23 +212,24 @@ def write_model(
             with clock.time("hash"):
                 manifest = describe_manifest(job, plan, texts)
             hidden = writer.seal()
-            proofs = prepare_artifact(hidden, job, result, clock, console)
-            writer.add_text(MANIFEST_NAME, encode_manifest({**manifest, "proofs": proofs}))
-            return writer.finish(), proofs
+            made = prepare_artifact(hidden, job, (result, texts.calibration), clock, console)
+            writer.add_text(MANIFEST_NAME, encode_manifest({**manifest, "proofs": made[1]}))
+            return writer.finish(), made
     finally:  # an interrupt can fall between the making of the writer's folder and the block that removes it
         shutil.rmtree(writer.work, ignore_errors=True)
 
 
 def prepare_artifact(
-    folder: Path, job: Job, result: Result, clock: Clock, console: Console
-) -> tuple[Proof, ...]:
-    """Export the sealed folder to ONNX and prove both; RunFailure on a mismatch, and then nothing is kept."""
-    request = job.request
+    folder: Path, job: Job, made: tuple[Result, Windows], clock: Clock, console: Console
+) -> Made:
+    """Export the sealed folder for its runtime and prove it; RunFailure on a mismatch, and then nothing is kept."""
+    request, (result, windows) = job.request, made
+    artifact = Artifact(EXACT)
     if request.export:
+        assert request.output is not None
         with clock.time("export"):
-            written = open_checkpoint(folder)
-            export_onnx(written, folder / speeds.ONNX_FOLDER, lambda *steps: console.progress("export", *steps))
-    return prove_folder(folder, request, result, clock, console)
+            artifact = write_artifacts(folder, request.output, job.device, windows, console)
+    return artifact, prove_folder(folder, request, result, artifact, clock, console)
 
 
 def describe_manifest(job: Job, plan: Plan, texts: Texts) -> dict[str, Any]:
@@ -257,35 +269,35 @@ def extend_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def finish_run(
-    job: Job, made: tuple[Texts, PlanReport, tuple[Proof, ...]], clock: Clock, console: Console, scorer: Scorer | None
+    job: Job, found: tuple[Texts, PlanReport, Made], clock: Clock, console: Console, scorer: Scorer | None
 ) -> RunReport:
     """Measure the written folder against the dense model, and add what was found to its manifest."""
-    texts, summary, proofs = made
+    texts, summary, (artifact, proofs) = found
     request = job.request
     assert request.output is not None
     folder = request.output
     written = speeds.pair_checkpoint(open_checkpoint(folder))
-    comparison = compare_run(job, written, texts, clock, console)
+    comparison = compare_run(job, written, (texts, artifact), clock, console)
     if scorer is not None:
         with clock.time("score"):
             comparison = add_accuracy(comparison, scorer((job.checkpoint, job.spec)), scorer(written))
-    report = RunReport(folder, summary, proofs, comparison, clock.seconds)
-    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds})
+    report = RunReport(folder, summary, proofs, comparison, clock.seconds, artifact.format, artifact.lines)
+    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds, "graph_format": artifact.format})
     console.show("\n" + render_comparison(comparison))
-    for proof in proofs:
-        console.show(render_proof(proof))
+    for line in (*map(render_proof, proofs), *artifact.lines):
+        console.show(line)
     return report
 
 
 def prove_folder(
-    folder: Path, request: Request, result: Result, clock: Clock, console: Console
+    folder: Path, request: Request, result: Result, artifact: Artifact, clock: Clock, console: Console
 ) -> tuple[Proof, ...]:
     """Verify the written folder in fresh processes; RunFailure on a mismatch."""
     if not request.verify:
         return ()
     console.note("Verifying the output in fresh processes.")
     with clock.time("verify"):
-        proofs = verify_folder(folder, result.sample_ids, result.sample_logits, request.export)
+        proofs = verify_folder(folder, result.sample_ids, result.sample_logits, request.export, artifact.sample)
     wrong = [proof for proof in proofs if proof.status == DIFFERENT]
     if wrong:
         raise RunFailure(
@@ -295,9 +307,11 @@ def prove_folder(
     return tuple(proofs)
 
 
-def compare_run(job: Job, written: Model, texts: Texts, clock: Clock, console: Console) -> Comparison:
+def compare_run(
+    job: Job, written: Model, made: tuple[Texts, Artifact], clock: Clock, console: Console
+) -> Comparison:
     """Measure dense against compressed, as far as the request asks for it."""
-    request, dense = job.request, (job.checkpoint, job.spec)
+    request, dense, (texts, artifact) = job.request, (job.checkpoint, job.spec), made
     qualities: tuple[Quality | None, ...] = (None, None)
     rates: list[Speed] | list[None] = [None, None]
     notes = ["Quality: not measured, as no text was left to evaluate on.", ""]
@@ -305,6 +319,7 @@ def compare_run(job: Job, written: Model, texts: Texts, clock: Clock, console: C
         with clock.time("evaluate"):
             qualities = speeds.compare_models(dense, written, texts.evaluation, console)
         notes[0] = f"Quality: on {texts.evaluation.tokens} tokens; text: {texts.evaluation.source}."
+        notes[0] += describe_graph(written, artifact, texts.evaluation, request.speed.threads)
     if request.bench:
         console.note("Measuring speed.")
         runtime = "ONNX Runtime" if request.export else "torch (eager)"
@@ -317,6 +332,17 @@ def compare_run(job: Job, written: Model, texts: Texts, clock: Clock, console: C
         for model, quality, rate in zip((dense, written), qualities, rates, strict=True)
     ]
     return Comparison(sides[0], sides[1], *notes)
+
+
+def describe_graph(written: Model, artifact: Artifact, windows: Windows, threads: int | None) -> str:
+    """Return a sentence on the perplexity of a graph with other weights than the checkpoint's."""
+    if not artifact.quantised:
+        return ""
+    perplexity = measure_graph(written[0].folder / speeds.ONNX_FOLDER, windows, threads)
+    return (
+        f" That is the checkpoint's; its {artifact.format} graph has a perplexity of {perplexity:.4g}, and its speed "
+        "is compared with that of the dense model's float32 graph."
+    )
 
 
 def describe_place(device: Device | None) -> str:

@@ -15,6 +15,7 @@ from compress.errors import UserError
 from compress.quantize.ends import ENDS, EndChoice
 from compress.quantize.stream import METHODS, LayerQuantiser, WeightForm
 from compress.shapes import ModelShape
+from compress.text import Windows
 from compress.weights import read_spec
 from profiles.cost import DECODE, Workload, estimate_cost
 from profiles.loader import load_profile
@@ -62,16 +63,23 @@ class FormatFlags:
 
 
 @contextmanager
-def open_form(flags: FormatFlags, checkpoint: Checkpoint, console: Console) -> Iterator[GraphForm]:
-    """Yield how the graph is to be written; the quantiser's streams go when the block ends."""
+def open_form(
+    flags: FormatFlags, checkpoint: Checkpoint, console: Console, windows: Windows | None = None
+) -> Iterator[GraphForm]:
+    """Yield how the graph is to be written; the quantiser's streams go when the block ends.
+
+    `windows`: text for GPTQ that is at hand already; else what the flags name is read.
+    """
     bits = BITS[flags.name]
     if not bits:
         yield STANDARD if flags.standard else FUSED
         return
     spec = read_spec(checkpoint)
     form = make_weight_form(bits, flags, spec.shape)
-    learns = flags.method == METHODS[0]
-    windows = gather_calibration(flags.text, flags.windows, checkpoint, console) if learns else None
+    if flags.method != METHODS[0]:
+        windows = None
+    elif windows is None:
+        windows = gather_calibration(flags.text, flags.windows, checkpoint, console)
     with LayerQuantiser(checkpoint, spec, form, windows) as quantiser:
         yield GraphForm(quantiser=quantiser)
         if quantiser.choice is not None:

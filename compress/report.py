@@ -114,13 +114,18 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything `compress` found out: where the output is, its plan, the proofs, dense against compressed."""
+    """Everything `compress` found out: where the output is, its plan, the proofs, dense against compressed.
+
+    `graph_format`: weights of the ONNX graph; `next_steps`: what to copy to the device and to run there.
+    """
 
     output: Path
     plan: PlanReport
     proofs: tuple[Proof, ...]
     comparison: Comparison
     seconds: Mapping[str, float] = field(default_factory=dict)
+    graph_format: str = ""
+    next_steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def test_uneven_folder_is_not_given_to_transformers(proven, tmp_path):
 
 
 def test_judgement():
-    assert judge("any", 0.009, 10.0, 1.0).status == "equal"
-    assert judge("any", 0.011, 10.0, 1.0).status == "different"
-    assert judge("any", float("nan"), 10.0, 0.0).status == "different"
+    assert judge("any", 1e-3, 0.009, 10.0, 1.0).status == "equal"
+    assert judge("any", 1e-3, 0.011, 10.0, 1.0).status == "different"
+    assert judge("any", 1e-3, float("nan"), 10.0, 0.0).status == "different"
     assert find_error("Traceback\n  x\nValueError: no.\n\n") == "ValueError: no"
     assert find_error("") == "it was killed"
     assert make_environment()["HF_HUB_OFFLINE"] == "1"

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compress.calibrate import fill_embeddings
 from compress.checkpoint import Checkpoint
-from compress.decoder import apply_norm, make_frame, project
+from compress.decoder import apply_norm, compute_logits, make_frame, project
 from compress.errors import UserError
 from compress.hidden import HiddenStore, batches, release_memory
 from compress.quantize.blocks import Format, Quantised, round_to_nearest, search_scales
@@ -38,7 +39,7 @@ from compress.spec import ModelSpec
 from compress.stats import Moments, ordinary_tokens
 from compress.surgery.job import ATTENTION, MLP, Half, half_inputs
 from compress.text import Windows
-from compress.weights import read_norm
+from compress.weights import read_head, read_norm
 
 METHODS = ("gptq", "search", "nearest")
 Matrix = Tensor | Quantised
@@ -191,6 +192,17 @@ class LayerQuantiser:
         """Return the Gram matrix of what the head reads from the quantised stream."""
         norm = {"final_norm": read_norm(self.checkpoint, self.spec, "final_norm")}
         return self.collect_normed(norm, "final_norm")
+
+    def sample_logits(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return ids `[windows, length]` and logits of the first windows behind all quantised layers.
+
+        The head is the dense one; ValueError before the last layer, and without text.
+        """
+        if not self.knows_outputs() or self.windows is None:
+            raise ValueError("there are no logits before the last layer, or without text")
+        count = min(count, len(self.windows.ids))
+        ends = read_head(self.checkpoint, self.spec, torch.float32)
+        return self.windows.ids[:count], compute_logits(self.spec, ends, self.streams[1].read(0, count))
 
     # Layers
 

@@ -1,0 +1,168 @@
+"""What `compress` and `export` leave for the runtime of a device: graphs in its format, folders for Ascend."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny import make_checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from backends.ascend_check import check_folder
+from backends.ascend_rules import find_profile_soc
+from backends.export_onnx import export_onnx
+from cli.app import app
+from cli.artifact import measure_graph
+from compress.checkpoint import open_checkpoint
+from compress.evaluate import measure_quality
+from compress.text import Windows
+from compress.weights import read_spec
+
+FAST = ("--keep", 0.8, "--windows", 6, "--length", 24, "--threads", 1, "--trials", 0, "--refine", 0, "--no-bench")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    words = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(30)]
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Heads of 16, as the attention kernels of Ascend's servers take them."""
+    return make_model(tmp_path_factory.mktemp("models") / "wide", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "narrow", "llama")
+
+
+def make_model(folder, case):
+    make_checkpoint(folder, case, hidden_size=64, intermediate_size=96)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run(*arguments, code=0):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.stderr, done.exception)
+    return done
+
+
+def compress(source, text, out, *flags):
+    """Compress with --json; return the report and what was printed on stderr."""
+    done = run("compress", source, "--text", text, "-o", out, *FAST, *flags, "--json")
+    return json.loads(done.stdout), done.stderr
+
+
+def test_perplexity_of_a_graph_is_that_of_its_checkpoint(narrow, tmp_path):
+    checkpoint = open_checkpoint(narrow)
+    export_onnx(checkpoint, tmp_path / "onnx")
+    windows = Windows(torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(0)), "random")
+    found = measure_quality(checkpoint, read_spec(checkpoint), windows).perplexity
+    assert measure_graph(tmp_path / "onnx", windows, 1) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_format_that_was_timed_is_the_one_that_is_written(name, narrow, text, tmp_path):
+    report, _ = compress(narrow, text, tmp_path / "out", "--profile", "cpu-avx512", "--format", name)
+    assert report["graph_format"] == name
+    proofs = {proof["runtime"]: proof for proof in report["proofs"]}
+    assert proofs["onnxruntime"]["status"] == "equal"
+    assert 0 < proofs["onnxruntime"]["max_error"]  # held against the quantised layers, not the float ones
+    assert f"its {name} graph has a perplexity of" in report["comparison"]["quality_note"]
+    assert len(report["next_steps"]) == 3
+    exact, _ = compress(narrow, text, tmp_path / "exact", "--profile", "cpu-avx512")
+    assert exact["graph_format"] == "fp32"
+    sizes = [(tmp_path / folder / "onnx/model.onnx.data").stat().st_size for folder in ("out", "exact")]
+    assert sizes[0] < sizes[1]
+    assert json.loads((tmp_path / "out/lightpress.json").read_text())["graph_format"] == name
+
+
+def test_an_om_profile_writes_what_atc_compiles(narrow, text, tmp_path):
+    report, _ = compress(narrow, text, tmp_path / "out", "--profile", "ascend-310b1", "--no-verify")
+    folder = tmp_path / "out/ascend"
+    assert {"build_om.sh", "build.json", "io.json", "run_om.py", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+    assert not check_folder(folder).errors
+    first, compile_it, run_it = report["next_steps"]
+    assert str(folder) in first and "Ascend310B1" in first  # the output's place, not the hidden one it was made in
+    assert f"{folder}/build_om.sh" in compile_it
+    assert "run_om.py" in run_it
+
+
+@pytest.mark.parametrize(
+    ("profile", "flags", "expected"),
+    [
+        ("ascend-310p3", (), ("float16", None)),
+        ("ascend-310p3", ("--format", "w8a8"), ("float16", "W8A8")),
+        ("ascend-910b2", (), ("bfloat16", None)),
+        ("ascend-910b2", ("--format", "w8a8"), ("bfloat16", "W8A8_DYNAMIC")),
+    ],
+)
+def test_a_server_profile_writes_its_folder(profile, flags, expected, wide, text, tmp_path):
+    dtype, quantisation = expected
+    report, _ = compress(wide, text, tmp_path / "out", "--profile", profile, "--axes", "ffn", "--no-verify", *flags)
+    folder = tmp_path / "out/ascend"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == dtype
+    description = folder / "quant_model_description.json"
+    assert description.is_file() == (quantisation is not None)
+    if quantisation is not None:
+        assert quantisation in json.loads(description.read_text()).values()
+    assert not check_folder(folder, find_profile_soc(profile)).errors
+    assert "vllm serve" in report["next_steps"][2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no scratch folder is left
+
+
+def test_a_model_that_the_servers_cannot_open_is_kept_with_a_warning(narrow, text, tmp_path):
+    report, said = compress(narrow, text, tmp_path / "out", "--profile", "ascend-310p3", "--no-verify")
+    assert "nothing was written for ascend-310p3" in said and "multiple of 16" in said
+    assert report["next_steps"] == []
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert not (tmp_path / "out/ascend").exists()
+
+
+# export
+
+
+def test_the_profile_names_the_target(wide, tmp_path):
+    run("export", wide, "--profile", "ascend-310b4", "-o", tmp_path / "om", "--quiet")
+    assert (tmp_path / "om/build_om.sh").is_file()
+    run("export", wide, "--profile", "ascend-910b3", "-o", tmp_path / "hf", "--quiet")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
+    done = run("export", wide, "--profile", "cpu-avx2", "--method", "nearest", "-o", tmp_path / "onnx")
+    assert "Format int4, the fastest on cpu-avx2" in done.stderr
+    run("check-ascend", tmp_path / "om")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gears", "1,8"), ("--gears is for --target ascend-om, not onnx",)),
+        (("--target", "uniform", "--format", "int4"), ("--format is for --target onnx or ascend-om or ascend-hf",)),
+        (("--target", "ascend-om", "--ends", "4"), ("--ends is for --target onnx",)),
+        (("--target", "ascend-om"), ("needs the chip",)),
+        (("--target", "ascend-hf"), ("--soc-version",)),
+        (("--target", "ascend-hf", "--soc-version", "Ascend310P"), ("Ascend310P",)),
+        (("--profile", "ascend-310b1", "--soc-version", "Ascend910B2"), ("not a chip of the profile",)),
+        (("--profile", "ascend-310p3", "--dtype", "bfloat16"), ("no bfloat16",)),
+        (("--profile", "ascend-310b1", "--format", "bf16"), ("not written for an OM",)),
+        (("--profile", "ascend-310b1", "--gears", "8,1"), ("gears",)),
+        (("--profile", "ascend-310p3", "--format", "w4a4"), ("w4a4 is not one of",)),
+        (("--profile", "ascend-910b2", "--devices", "2"), ("cannot be split over 2 devices",)),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(flags, words, wide, tmp_path):
+    done = run("export", wide, *flags, "-o", tmp_path / "out", code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.iterdir())
