@@ -60,7 +60,7 @@ def solve_projection(
         gram = gram - moments.count * torch.outer(mean, mean)
         cross = cross - moments.count * torch.outer(mean, target)
     damped = damp_gram(gram, ridge)
-    factor = torch.linalg.cholesky(damped)
+    factor = torch.linalg.cholesky(damped, out=damped)  # in place: the matrix is the largest thing here
     solved = torch.cholesky_solve(cross + ridge_level(gram, ridge) * weight.double().T, factor).T
     if bias is None:
         return solved.to(weight.dtype), None
