@@ -16,7 +16,7 @@ from backends.ascend_check_quant import (
     check_unquantised,
     find_description,
 )
-from backends.ascend_rules import ERROR, WARNING, Chip, Finding, load_rules, show_names
+from backends.ascend_rules import ERROR, WARNING, Chip, Finding, load_rules, load_servers, show_names
 from compress.errors import UserError
 
 HALF, BRAIN = "float16", "bfloat16"
@@ -197,7 +197,7 @@ def check_heads(served: Served) -> Iterator[Finding]:
 def check_mindie_heads(served: Served) -> Iterator[Finding]:
     """Yield a head_dim that MindIE would not read: it divides hidden_size by the heads for most types (4.1)."""
     kind, hidden = str(served.config.get("model_type", "")), served.number("hidden_size")
-    reads_it = any(name in kind for name in load_rules()["servers"]["head_dim_types"])
+    reads_it = any(name in kind for name in load_servers()["servers"]["MindIE"]["head_dim"])
     if reads_it or hidden == served.heads * served.head_dim:
         return
     alone = served.chip is not None and served.chip.family == "310P"

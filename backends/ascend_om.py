@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from backends import om_runner
 from backends.ascend_rules import Chip, find_chip, find_profile_soc, load_rules, require_soc
-from backends.export_onnx import GRAPH_ROOM, read_blocks, read_generation, shares_matrix
+from backends.export_onnx import GRAPH_ROOM, read_blocks, read_generation
 from backends.om_build import (
     BUILD,
     CONTRACT,
@@ -326,7 +326,7 @@ def store_model(
         layers.append(store_om_layer(graph, (spec, layer), f"layers.{index}", weights, half))
         if progress is not None:
             progress(index + 1, len(spec.layers))
-    shared = shares_matrix(spec)
+    shared = spec.shares_ends
     head = embed if shared else store_end(graph, checkpoint, (spec.names["head"], "head.weight"), half)
     tables = store_tables(graph, spec, cache)
     with graph.wide():

@@ -13,6 +13,7 @@ from typing import Any
 from compress.errors import UserError
 
 TABLE = Path(__file__).with_name("ascend_operators.toml")
+SERVERS = Path(__file__).with_name("ascend_servers.toml")
 ERROR, WARNING = "error", "warning"
 STANDARD, ASCEND = "ai.onnx", "npu"
 SHOWN = 3  # names that a sentence lists before it counts the rest
@@ -58,6 +59,12 @@ class Operator:
 def load_rules() -> Mapping[str, Any]:
     """Return the data of ascend_operators.toml."""
     return tomllib.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@cache
+def load_servers() -> Mapping[str, Any]:
+    """Return the data of ascend_servers.toml."""
+    return tomllib.loads(SERVERS.read_text(encoding="utf-8"))
 
 
 @cache

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from backends.ascend_format import ASCEND, LAYOUTS
-from backends.ascend_rules import Chip, find_chip, load_rules, require_soc
+from backends.ascend_rules import Chip, find_chip, load_rules, load_servers, require_soc
 from compress.errors import UserError
 from compress.family import EXTENSION, PER_LAYER
 from compress.quantize.w8a8 import QuantisedLinear
@@ -20,17 +17,10 @@ from compress.shapes import LayerShape
 from compress.spec import ModelSpec
 from compress.surgery.pad import uniform_shape
 
-TABLE = Path(__file__).with_name("ascend_servers.toml")
 NONE = "none"
 QUANTISATIONS = (NONE, *LAYOUTS)
 DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILY_310P = "310P"
-
-
-@cache
-def load_servers() -> Mapping[str, Any]:
-    """Return the data of ascend_servers.toml."""
-    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def open_chip(soc_version: str) -> Chip:
@@ -125,13 +115,12 @@ def check_stock(spec: ModelSpec) -> None:
 
 def check_head(spec: ModelSpec, chip: Chip, quantisation: str) -> None:
     """Raise UserError for an int8 head that cannot be: too wide, tied, on a chip without it, or without int8 layers."""
-    rules, vocab = load_servers()["head"], spec.shape.vocab
-    if vocab > rules["largest"]:
+    largest, vocab = load_rules()["quantised_products"]["largest"], spec.shape.vocab
+    if vocab > largest:
         raise UserError(
-            f"An int8 head of {vocab} rows is beyond the {rules['largest']} of quantised products; leave the head in "
-            "float."
+            f"An int8 head of {vocab} rows is beyond the {largest} of quantised products; leave the head in float."
         )
-    if chip.family in rules["float_only"]:
+    if chip.family in load_servers()["head"]["float_only"]:
         raise UserError(f"The servers on {chip.soc} keep the head in float; leave the int8 head out.")
     if spec.shape.tied:
         raise UserError("The head of this model is its embedding, which stays in float; leave the int8 head out.")
@@ -142,7 +131,7 @@ def check_head(spec: ModelSpec, chip: Chip, quantisation: str) -> None:
 
 def check_products(name: str, linear: QuantisedLinear) -> None:
     """Raise UserError for an int8 weight with a side beyond what quantised products take."""
-    largest = load_servers()["head"]["largest"]
+    largest = load_rules()["quantised_products"]["largest"]
     if max(linear.shape) > largest:
         raise UserError(
             f"{name} is {linear.shape[0]} x {linear.shape[1]} and quantised products end at {largest}; export it with "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from onnx import TensorProto
 from backends.genai import write_genai_config
 from backends.onnx_fused import (
     MICROSOFT,
+    Matrix,
     Stored,
     Stream,
     Weights,
@@ -54,7 +55,7 @@ EVERYTHING = 2**31 - 1
 class Quantiser(Protocol):
     """What turns weights into quantised ones, layer by layer in order; what it leaves alone stays float32."""
 
-    def quantise_layer(self, index: int, weights: Weights) -> Weights:
+    def quantise_layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> Mapping[str, Matrix]:
         """Return one layer's weights by role, matrices quantised."""
         ...
 
@@ -193,9 +194,7 @@ def write_fused(
     frame = emit_fused_frame(graph, spec)
     stream = Stream(EMBEDDINGS)  # emitted last: how many bits it has is known when all layers are quantised
     for index in range(len(spec.layers)):
-        weights: Weights = dict(read_layer(checkpoint, spec, index, torch.float32))
-        weights = quantiser.quantise_layer(index, weights) if quantiser else weights
-        stored = store_fused(graph, spec, f"layers.{index}", weights)
+        stored = store_fused(graph, spec, f"layers.{index}", read_matrices(checkpoint, spec, index, quantiser))
         stream = emit_fused_layer(graph, spec, index, stored, stream, frame)
         if progress is not None:
             progress(index + 1, len(spec.layers))
@@ -206,6 +205,12 @@ def write_fused(
     norm = checkpoint.read_one(spec.names["final_norm"], torch.float32) + spec.norm_offset
     emit_last_logits(graph, spec, stream, graph.store("final_norm.weight", norm), ends)
     writer.write_graph(graph.build_model("lightpress").SerializeToString(deterministic=True))
+
+
+def read_matrices(checkpoint: Checkpoint, spec: ModelSpec, index: int, quantiser: Quantiser | None) -> Weights:
+    """Return a layer's weights by role, quantised if asked for."""
+    dense = read_layer(checkpoint, spec, index, torch.float32)
+    return dict(quantiser.quantise_layer(index, dense) if quantiser else dense)
 
 
 def write_model(
@@ -223,15 +228,10 @@ def write_model(
         value = emit_layer(graph, spec, index, names, value, frame)
         if progress is not None:
             progress(index + 1, len(spec.layers))
-    head = embedding if shares_matrix(spec) else store_matrix(graph, checkpoint, spec.names["head"], "head.weight")
+    head = embedding if spec.shares_ends else store_matrix(graph, checkpoint, spec.names["head"], "head.weight")
     norm = checkpoint.read_one(spec.names["final_norm"], dtype) + spec.norm_offset
     emit_logits(graph, spec, value, graph.store("final_norm.weight", norm), head)
     writer.write_graph(graph.build_model("lightpress").SerializeToString(deterministic=True))
-
-
-def shares_matrix(spec: ModelSpec) -> bool:
-    """Tell whether embedding and head are one matrix, under whatever names the checkpoint stores it."""
-    return spec.shape.tied or spec.names["embed"] == spec.names["head"]
 
 
 def declare_interface(graph: GraphBuilder, spec: ModelSpec, fused: bool = False) -> None:
@@ -323,7 +323,7 @@ def store_ends(
     small = quantiser.quantise_ends(checkpoint, spec) if quantiser else (None, None)
     stored: list[str | Stored] = []
     for matrix, name in zip(small, ("embed", "head"), strict=True):
-        if name == "head" and shares_matrix(spec) and matrix is small[0]:
+        if name == "head" and spec.shares_ends and matrix is small[0]:
             stored.append(stored[0])
         elif matrix is None:
             stored.append(store_matrix(graph, checkpoint, spec.names[name], f"{name}.weight"))

@@ -1,31 +1,33 @@
-"""How much faster are structurally pruned twins of a dense model in the same format? Fresh processes, in turns.
+"""How much faster are structurally pruned twins of a dense model in the same format? As `bench` measures it.
 
-    python benchmarks/cpu_pruned.py [--plan shares|planner] [--formats int4,int8,fp32] [--rounds 5] [--threads 2]
-                                    [--layers 16] [--work FOLDER] [--json FILE]
+    python benchmarks/cpu_pruned.py [--plan shares|planner] [--formats int4,int8,fp32] [--rounds 9] [--threads 2]
+                                    [--layers 16] [--work FOLDER]
 
 The dense model is the synthetic decoder of 254 M parameters; its twins keep 0.7 and 0.5 of the parameters outside the
 embeddings. `shares` (the default) writes them by shape only, with random weights: hidden, layers and heads at the third
-root of the share, the FFN at what then fits. `planner` takes the shape that the real planner chooses on the dense model
-from random windows, and cuts it, unrepaired: speed does not depend on the values. Exported without a search (`--method
-nearest`), run by plain ONNX Runtime: prefill of 512 tokens, 64 tokens after a prompt of 64; the ratio to the dense one
-is the median of the rounds' ratios. Targets: at keep 0.7 at least 1.3x, at 0.5 at least 1.8x, in both.
+root of the share, the FFN at what then fits, widths in whole blocks of 128. `planner` takes the shape that the real
+planner chooses on the dense model from random windows, and cuts it, unrepaired: speed does not depend on the values.
+Exported without a search (`--method nearest`), run by plain ONNX Runtime: prefill of 512 tokens, 64 tokens after a
+prompt of 64, twin and dense model in turns; the ratio is the median of the rounds' ratios. Targets: at keep 0.7 at
+least 1.3x, at 0.5 at least 1.8x, in both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_peers import PEERS, Place, Run, build_folder, build_ours, count_bytes, find_ratios, run_rounds, spread
+from cpu_peers import PEERS, Place, build_folder, build_ours
 from synthetic import make_config, make_windows, write_model
 
 from cli.budget import make_goal
+from cli.console import Console
+from cli.request import BenchPlan
+from cli.speed import bench_folders
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter
 from compress.pipeline import Task, compress_checkpoint, find_units
@@ -39,8 +41,8 @@ from compress.weights import read_spec
 
 DENSE = "dense"
 TARGETS = {0.7: 1.3, 0.5: 1.8}
-STEP = 32
-KEYS = ("prefill", "decode")
+STEP = 128
+PREFILL, PROMPT, NEW = 512, 64, 64
 
 
 def share_config(layers: int, keep: float) -> dict[str, Any]:
@@ -113,27 +115,22 @@ def describe_shape(shape: ModelShape, dense: ModelShape) -> str:
     return f"hidden {shape.hidden}, {len(shape.layers)} layers, heads {heads}/{groups}, FFN {ffn}: {kept:.3f}"
 
 
-def measure_format(models: dict[str, Path], name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all models in one format."""
-    runs = []
-    for title, model in models.items():
-        folder = build_ours(Place(model, model.parent, Path(sys.executable)), name)
-        runs.append(Run(title, Path(sys.executable), "ours", folder))
-    bandwidths, rows = run_rounds(runs, options.rounds, options.threads)
-    found = {run.title: {"token_mb": count_bytes(run.folder) / 1e6, "rounds": rows[run.title]} for run in runs}
-    return {"bandwidth_gb_per_s": bandwidths, "runs": found}
-
-
-def show_format(name: str, runs: dict[str, Any]) -> None:
-    """Print the rows of a format."""
-    for title, run in runs.items():
-        rates = " | ".join(spread([row[key] for row in run["rounds"]], 1) for key in KEYS)
-        least = next((target for keep, target in TARGETS.items() if title == f"keep {keep:g}"), 1.0)
-        ratios = [find_ratios(runs, title, DENSE, key) for key in KEYS]
-        met = "" if title == DENSE else "met" if min(map(statistics.median, ratios)) >= least else "**missed**"
-        shown = " | ".join(spread(ratio, 2) for ratio in ratios)
-        bytes_say = runs[DENSE]["token_mb"] / run["token_mb"]
-        print(f"| {name} | {title} | {rates} | {shown} | {bytes_say:.2f} | {least} {met} |", flush=True)
+def measure_format(models: dict[str, Path], name: str, options: argparse.Namespace) -> None:
+    """Measure each twin against the dense model in one format, and print its row."""
+    folders = {
+        title: build_ours(Place(model, model.parent, Path(sys.executable)), name) for title, model in models.items()
+    }
+    plan = BenchPlan((PROMPT, PREFILL), (1,), (options.threads,), NEW, options.rounds)
+    for keep, least in TARGETS.items():
+        found = bench_folders((str(folders[f"keep {keep:g}"]), str(folders[DENSE])), plan, Console(quiet=True))
+        short, long = found.runs[0].rows
+        ratios = long.prefill_ratio, short.decode_ratio
+        assert ratios[0] is not None and ratios[1] is not None and found.dense is not None
+        met = "met" if min(ratio.median for ratio in ratios) >= least else "**missed**"
+        rates = f"{long.compressed.prefill.median:.0f} | {short.compressed.decode.median:.1f}"
+        shown = " | ".join(f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" for ratio in ratios)
+        bytes_say = found.dense.weight_bytes / found.compressed.weight_bytes
+        print(f"| {name} | keep {keep:g} | {rates} | {shown} | {bytes_say:.2f} | {least} {met} |", flush=True)
 
 
 def read_options() -> argparse.Namespace:
@@ -141,11 +138,10 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=("shares", "planner"), default="shares")
     parser.add_argument("--formats", default="int4,int8,fp32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--work", type=Path, default=PEERS / "pruned")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -160,13 +156,8 @@ def main() -> None:
         print(f"{title}: {describe_shape(shape, shapes[DENSE])}")
     print("\n| format | model | prefill 512 tok/s | decode tok/s | prefill x | decode x | bytes say x | target |")
     print("|---|---|---|---|---|---|---|---|")
-    results = {}
     for name in options.formats.split(","):
-        results[name] = measure_format(models, name, options)
-        show_format(name, results[name]["runs"])
-    file = options.json or options.work / f"results-{options.plan}.json"
-    file.write_text(json.dumps({"threads": options.threads, "formats": results}, indent=1), encoding="utf-8")
-    print(f"\nall numbers in {file}")
+        measure_format(models, name, options)
 
 
 if __name__ == "__main__":

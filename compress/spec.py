@@ -64,6 +64,11 @@ class ModelSpec:
         return self.family.norm.offset
 
     @property
+    def shares_ends(self) -> bool:
+        """Whether embedding and head are one matrix, under whatever names the checkpoint stores it."""
+        return self.shape.tied or self.names["embed"] == self.names["head"]
+
+    @property
     def max_positions(self) -> int:
         """Longest sequence the model was made for, in tokens."""
         return int(self.config.get("max_position_embeddings") or 2048)

@@ -52,11 +52,6 @@ class EndChoice:
     measured: Sensitivity | None = None
 
 
-def shares_matrix(spec: ModelSpec) -> bool:
-    """Tell whether embedding and head are one matrix."""
-    return spec.shape.tied or spec.names["embed"] == spec.names["head"]
-
-
 def choose_bits(spec: ModelSpec, found: Sensitivity) -> EndChoice:
     """Return 4 bits for what pays little enough for a byte."""
     share = spec.shape.vocab * spec.shape.hidden / max(spec.shape.layer_parameters, 1)

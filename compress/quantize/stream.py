@@ -30,7 +30,6 @@ from compress.quantize.ends import (
     fill_quantised,
     measure_ends,
     quantise_matrix,
-    shares_matrix,
     split_windows,
 )
 from compress.quantize.gptq import plan_walks, quantise_gptq, quantise_part, quantise_readers
@@ -158,7 +157,7 @@ class LayerQuantiser:
         if head is None or self.choice.head == HIGH:
             head = self.quantise_nearby("head", self.choice.head)
         alike = self.choice.embedding == self.choice.head and (head.bits == HIGH or not self.knows_outputs())
-        if shares_matrix(spec) and alike:
+        if spec.shares_ends and alike:
             return head, head
         return self.quantise_nearby("embed", self.choice.embedding), head
 
