@@ -4,7 +4,7 @@
 
 Each export of a synthetic llama is a fresh process. What counts is its own allocations (RssAnon, sampled all the
 time) above those of the interpreter after its imports; pages of mapped files are the system's to take back. `gptq`
-learns from 16 x 256 tokens and has no target: beside a layer it holds Gram matrices of the widest projection (float64).
+learns from 64 x 256 tokens: beside a layer it holds Gram matrices of the widest projection (float64).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_worker(source: str, target: str, name: str) -> None:
     kind, _, method = name.partition(" ")
     quantiser = None
     if method:
-        ids = torch.randint(spec.shape.vocab, (16, 256), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(spec.shape.vocab, (64, 256), generator=torch.Generator().manual_seed(1))
         form = WeightForm(int(kind[-1]), 32, symmetric=True, method=method)
         quantiser = LayerQuantiser(checkpoint, spec, form, Windows(ids, "random ids") if method == "gptq" else None)
     export_onnx(checkpoint, Path(target), form=GraphForm(quantiser=quantiser))

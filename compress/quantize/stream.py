@@ -45,6 +45,7 @@ Matrix = Tensor | Quantised
 # The refit before rounding holds on to the weights more than a repair does: nothing was cut.
 REFIT_RIDGE = 1e-2
 HALVES = (ATTENTION, MLP)
+SPILL_BYTES = 2**25  # streams above it go to files: exporting is to hold a layer and half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class LayerQuantiser:
 
     def __init__(
         self, checkpoint: Checkpoint, spec: ModelSpec, form: WeightForm, windows: Windows | None = None,
-        spill_bytes: int = 2**30,
+        spill_bytes: int = SPILL_BYTES,
     ) -> None:  # fmt: skip
         """Start; GPTQ needs calibration windows. Raises UserError without them."""
         if form.method == "gptq" and windows is None:

@@ -36,6 +36,7 @@ from compress.quantize.activations import (
     smooth_reads,
     smoothing_factors,
 )
+from compress.quantize.stream import HALVES, REFIT_RIDGE, SPILL_BYTES
 from compress.quantize.w8a8 import (
     FLOAT,
     STATIC,
@@ -47,12 +48,9 @@ from compress.quantize.w8a8 import (
 from compress.solve import solve_projection
 from compress.spec import ModelSpec
 from compress.stats import Moments, ordinary_tokens
-from compress.surgery.job import ATTENTION, MLP, Half, half_inputs
+from compress.surgery.job import Half, half_inputs
 from compress.text import Windows
 
-HALVES = (ATTENTION, MLP)
-# As in compress.quantize.stream: nothing was cut, so the refit holds on to the weights.
-REFIT_RIDGE = 1e-2
 # Sinks are few and their keys and values nearly constant: more is forgiven there, but not a wrong direction.
 SINK_SLACK = 5.0
 NEEDS_TEXT = "Static W8A8 needs calibration text to learn the inputs' ranges; give some, or w8a8-dynamic."
@@ -99,7 +97,7 @@ class LinearQuantiser:
 
     def __init__(
         self, checkpoint: Checkpoint, spec: ModelSpec, form: LinearForm, windows: Windows | None = None,
-        spill_bytes: int = 2**30,
+        spill_bytes: int = SPILL_BYTES,
     ) -> None:  # fmt: skip
         """Start; UserError where static inputs are asked for without the windows that their ranges come from."""
         if windows is None and form.kind == STATIC:
