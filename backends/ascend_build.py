@@ -13,6 +13,7 @@ from backends.ascend_rules import load_rules
 from compress.errors import UserError
 
 BUILD_FILE, SCRIPT, INTERFACE, CONFIG = "build.json", "build_om.sh", "io.json", "config.json"
+TARGET_FILE = "target.json"  # of a folder for servers: the chip and what was asked
 OPEN = -1  # a dimension that gears fill
 SUFFIX = ".onnx"
 Flags = dict[str, str]

@@ -18,6 +18,7 @@ from backends.ascend_build import (
     BUILD_FILE,
     CONFIG,
     SUFFIX,
+    TARGET_FILE,
     Build,
     half_mode,
     list_fixed_shapes,
@@ -112,10 +113,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_soc(folder: Path) -> str:
-    """Return the --soc_version in build.json or build_om.sh, empty where there is none."""
-    data = read_json(folder / BUILD_FILE)
-    if isinstance(data, dict) and isinstance(data.get("soc_version"), str):
-        return str(data["soc_version"])
+    """Return the chip that build.json or build_om.sh names, or target.json of a server's folder; empty for none."""
+    for file in (BUILD_FILE, TARGET_FILE):
+        data = read_json(folder / file)
+        chip = data.get("chip", data) if isinstance(data, dict) else {}
+        for key in ("soc", "soc_version"):
+            if isinstance(chip, dict) and isinstance(chip.get(key), str):
+                return str(chip[key])
     found = {build.get("soc_version") for build in read_builds(folder, [path.name for path in list_graphs(folder)])}
     return min((soc for soc in found if soc and "$" not in soc), default="")
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.ascend_build import TARGET_FILE
 from backends.ascend_format import (
     ASCEND,
     DESCRIPTION,
@@ -344,6 +345,11 @@ def finish_folder(work: Work, report: HfReport) -> None:
         add_scheme(work, hidden)
     for path in work.checkpoint.side_files():
         work.writer.add_file(path)
+    target = {
+        "soc_version": work.request.soc_version, "dtype": work.request.dtype, "quantisation": work.request.quantisation,
+        "devices": work.request.devices,
+    }  # fmt: skip
+    work.writer.add_text(TARGET_FILE, json.dumps(target, indent=2) + "\n")
     work.writer.add_text("README.md", write_readme(work, report))
     work.writer.finish()
 

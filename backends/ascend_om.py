@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto
 
 from backends import om_runner
-from backends.ascend_rules import Chip, find_chip, find_profile_soc, load_rules, require_soc
+from backends.ascend_rules import Chip, find_chip, load_rules, require_soc, settle_soc
 from backends.export_onnx import GRAPH_ROOM, read_blocks, read_generation
 from backends.om_build import (
     BUILD,
@@ -44,7 +44,7 @@ from backends.om_graph import OmGraph, StepForm, StoredModel, count_rows, emit_s
 from backends.onnx_graph import IR_VERSION, OPSET
 from backends.onnx_layers import NORMS
 from compress.checkpoint import Checkpoint
-from compress.checkpoint_writer import check_space
+from compress.checkpoint_writer import check_space, replace_folder, sync_path
 from compress.errors import UserError
 from compress.spec import LayerSpec, ModelSpec
 from compress.weights import Weights, read_layer, read_spec
@@ -114,20 +114,10 @@ class OmReport:
 
 def request_for(profile: Profile, soc_version: str = "") -> OmRequest:
     """Return what a device profile asks for; UserError when the profile is of no Ascend chip, or of another family."""
-    if not soc_version:
-        soc_version = find_profile_soc(profile.name)
-    chip = find_chip(require_soc(soc_version))
-    assert chip is not None
-    known = load_rules()["profiles"].get(profile.name)
-    own = find_chip(known) if known else None
-    # A profile of the user's own may be of any NPU: --soc-version then says of which.
-    if profile.kind != "npu" or (own is not None and own.family != chip.family):
-        raise UserError(
-            f"--soc-version {soc_version} is not a chip of the profile {profile.name} ({known or profile.kind}); leave "
-            "it out, or give the profile of that chip."
-        )
-    host = "aarch64" if chip.family == BOARD else ""
-    return OmRequest(soc_version, profile.name, host_cpu=host, memory_gib=profile.memory.capacity_gib)
+    soc = settle_soc(profile, soc_version)
+    chip = find_chip(soc)
+    host = "aarch64" if chip is not None and chip.family == BOARD else ""
+    return OmRequest(soc, profile.name, host_cpu=host, memory_gib=profile.memory.capacity_gib)
 
 
 def export_om(
@@ -207,6 +197,11 @@ def check_types(request: OmRequest, chip: Chip) -> None:
         )
     if request.precision == "mixed_bfloat16" and not chip.bf16:
         raise UserError(f"{chip.soc} has no bfloat16, so --precision mixed_bfloat16 cannot be; use {MIXED}.")
+    if request.dtype == "fp32" and request.precision not in ("", ORIGIN):
+        raise UserError(
+            f"--precision {request.precision} would turn a graph of --format fp32 into 16 bits without the list of "
+            "what must not: leave it out, or give --format fp16."
+        )
 
 
 def check_heads(spec: ModelSpec) -> None:
@@ -441,9 +436,11 @@ def fresh_folder(folder: Path, source: Path, overwrite: bool) -> Iterator[Path]:
         yield work
         for path in [*work.iterdir(), work]:
             sync_path(path)
-        move_into_place(work, target)
+        replace_folder(work, target)
     except OSError as error:
         reason = error.strerror or type(error).__name__
+        if error.filename is not None and not str(error.filename).startswith((str(work), str(target))):
+            raise UserError(f"{error.filename} cannot be read ({reason}); nothing was written.") from error
         raise UserError(f"{folder} cannot be written ({reason}); choose another output folder.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -463,28 +460,3 @@ def check_target(folder: Path, source: Path, overwrite: bool) -> None:
     if not (target / CONTRACT).is_file() or not (target / BUILD).is_file():
         # A mistyped path must not cost someone a folder of other things.
         raise UserError(f"The output {folder} is no folder of an OM export, so it is not overwritten; choose another.")
-
-
-def move_into_place(work: Path, target: Path) -> None:
-    """Rename `work` to `target`; an old folder is moved aside first, put back on failure, and deleted last."""
-    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    replaces = target.exists()
-    if replaces:
-        target.rename(aside)
-    try:
-        work.rename(target)
-    except BaseException:
-        if replaces:
-            aside.rename(target)
-        raise
-    sync_path(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync_path(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

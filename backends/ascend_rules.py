@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from profiles.profile import Profile
 
 TABLE = Path(__file__).with_name("ascend_operators.toml")
 SERVERS = Path(__file__).with_name("ascend_servers.toml")
@@ -139,6 +140,24 @@ def find_profile_soc(profile: str) -> str:
             f"{', '.join(known)}."
         )
     return known[profile]
+
+
+def settle_soc(profile: Profile, soc_version: str = "") -> str:
+    """Return the --soc_version of a profile, or the one given where it is of the profile's family.
+
+    A profile of the user's own may be of any NPU: then the chip must be given. Raises UserError for what does not fit.
+    """
+    if not soc_version:
+        return find_profile_soc(profile.name)
+    chip = find_chip(require_soc(soc_version))
+    known = load_rules()["profiles"].get(profile.name)
+    own = find_chip(known) if known else None
+    if profile.kind != "npu" or (own is not None and chip is not None and own.family != chip.family):
+        raise UserError(
+            f"--soc-version {soc_version} is not a chip of the profile {profile.name} ({known or profile.kind}); leave "
+            "it out, or give the profile of that chip."
+        )
+    return soc_version
 
 
 def show_names(names: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GRAPH_FILE, GraphBui
 from backends.onnx_layers import emit_capped, emit_frame, emit_layer, emit_norm, emit_scaled, store_layer
 from backends.ort import KEEP
 from compress.checkpoint import Checkpoint
-from compress.checkpoint_writer import check_space
+from compress.checkpoint_writer import check_space, sync_path
 from compress.errors import UserError
 from compress.quantize.blocks import Quantised
 from compress.spec import ModelSpec
@@ -166,7 +166,7 @@ class FolderWriter:
         (self.folder / GRAPH_NAME).unlink(missing_ok=True)
         self.data_path.rename(self.folder / DATA_NAME)
         self.graph.rename(self.folder / GRAPH_NAME)
-        sync_folder(self.folder)
+        sync_path(self.folder)
 
     def write_graph(self, serialized: bytes) -> None:
         """Write the graph under its temporary name."""
@@ -174,15 +174,6 @@ class FolderWriter:
             stream.write(serialized)
             stream.flush()
             os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_fused(

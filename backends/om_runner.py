@@ -190,7 +190,7 @@ class OnnxSession:
         self.contract = contract
         self.cache = np.zeros(contract.cache_shape(), contract.dtype)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # what it would log, it also raises
         options.intra_op_num_threads = threads
         self.sessions: dict[int, Any] = {}
         for graph in contract.graphs:
@@ -383,7 +383,14 @@ def open_tokenizer(folder: Path) -> Any:
         import tokenizers
     except ImportError as error:
         raise Failure("--prompt needs the Python package tokenizers; install it, or give --ids.") from error
-    return tokenizers.Tokenizer.from_file(str(find_file(folder / TOKENIZER, "give --ids instead of --prompt")))
+    path = find_file(folder / TOKENIZER, "give --ids instead of --prompt")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the package raises nothing narrower)
+        raise Failure(f"{path} is no tokenizer ({error}); copy it from the exported folder, or give --ids.") from error
+    tokenizer.no_truncation()  # a prompt is neither cut nor padded, whatever the file says
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_ids(text: str) -> list[int]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from backends.ascend_format import LAYOUTS
 from backends.ascend_hf import HfReport, HfRequest, check_request, export_hf, make_form
-from backends.ascend_rules import find_profile_soc
+from backends.ascend_rules import settle_soc
 from cli.console import Console, format_bytes
 from cli.prepare import check_weights, gather_calibration
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import check_output
 from compress.errors import UserError
 from compress.quantize.w8a8 import STATIC, LinearForm
+from profiles.loader import load_profile
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class HfFlags:
             raise UserError(
                 "--target ascend-hf writes for one chip: give --profile, such as ascend-910b2, or --soc-version."
             )
-        soc = self.soc_version or find_profile_soc(self.profile)
+        soc = settle_soc(load_profile(self.profile), self.soc_version) if self.profile else self.soc_version
         return HfRequest(
             soc, self.quantisation, self.dtype, self.devices, gptq=self.gptq, alpha=self.smooth or None,
             mixed=self.mixed, int8_head=self.int8_head, overwrite=overwrite,
@@ -56,13 +57,30 @@ def export_ascend_hf(source: str, output: Path, flags: HfFlags, overwrite: bool,
     _, _, settled = check_request(checkpoint, request)
     check_output(output, checkpoint.folder, overwrite)
     form = make_form(settled)
-    if flags.text is not None and form is None:
-        raise UserError("--text is what quantisation learns from: name a quantisation with it, such as w8a8-static.")
-    check_weights(checkpoint, console)
     learns = learns_from_text(form)
+    check_idle(flags, form, learns)
+    check_weights(checkpoint, console)
     windows = gather_calibration(flags.text, flags.windows, checkpoint, console) if learns else None
     report = export_hf(checkpoint, output, request, windows, console.progress)
     show_report(report, console)
+
+
+def check_idle(flags: HfFlags, form: LinearForm | None, learns: bool) -> None:
+    """Raise UserError for flags that would do nothing for the format that was chosen."""
+    default = HfFlags()
+    given = {
+        "--method": flags.gptq != default.gptq and form is None,
+        "--smooth": flags.smooth != default.smooth and form is None,
+        "--pure": flags.mixed != default.mixed and (form is None or form.kind != STATIC),
+        "--windows": flags.windows != default.windows and not learns,
+        "--text": flags.text is not None and not learns,
+    }
+    idle = [name for name, nothing in given.items() if nothing]
+    if idle:
+        raise UserError(
+            f"{' and '.join(idle)} would do nothing with --format {flags.quantisation}: leave it out, or choose a "
+            "format that is quantised so, such as w8a8-static."
+        )
 
 
 def learns_from_text(form: LinearForm | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from cli import export_flags as flags
 from cli import options
 from cli.console import Console, format_bytes
 from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from backends.export_onnx import GraphForm
 
 
 def export(
@@ -64,13 +67,18 @@ def export(
 
 def choose_target(target: str | None, profile: str | None) -> str:
     """Return the target that was asked for, else the profile's, else onnx; UserError for one that is not there."""
-    if target is None and profile is not None:
-        from profiles.loader import load_profile
-
-        return load_profile(profile).runtime.export
     if target not in (None, *flags.TARGETS):
         raise UserError(f"--target {target} is not one of {', '.join(flags.TARGETS)}.")
-    return target or flags.ONNX
+    if profile is None:
+        return target or flags.ONNX
+    from profiles.loader import load_profile
+
+    if target == flags.UNIFORM:
+        raise UserError(f"--profile {profile} means nothing to --target {target}; leave one of them out.")
+    own = load_profile(profile).runtime.export
+    if target == flags.ONNX != own:
+        raise UserError(f"--target {target}: {profile} runs {own}; leave one of them out, or name a CPU profile.")
+    return target or own
 
 
 def write_onnx(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
@@ -84,16 +92,37 @@ def write_onnx(source: str, output: Path, asked: dict[str, Any], console: Consol
     check_folder(output, Path(source), asked["overwrite"])
     checkpoint = open_checkpoint(source)
     name, profile = asked["format"], asked["profile"]
-    if name is None and profile is not None:
-        name = choose_format(profile, read_spec(checkpoint).shape, asked["standard"], console)
+    if profile is not None:
+        name = name or choose_format(profile, read_spec(checkpoint).shape, asked["standard"], console)
+        check_format(name, profile)
     own = {key: asked[key] for key in ("method", "block", "symmetric", "standard", "text", "windows", "ends")}
     form_flags = FormatFlags(name or "fp32", **own)
     check_weights(checkpoint, console)
     with open_form(form_flags, checkpoint, console) as form:
         graph = export_onnx(checkpoint, output, lambda *steps: console.progress("export", *steps), form)
+        weights = describe_weights(form_flags.name, form)
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     console.show(f"{graph} written: {len(sizes)} files, {format_bytes(sum(sizes.values()))}.")
-    console.finish({"graph": str(graph), "files": sizes})
+    console.finish({"graph": str(graph), "files": sizes, "weights": weights})
+
+
+def check_format(name: str, profile: str) -> None:
+    """Raise UserError for a format that the profile's runtime does not read."""
+    from cli.weights import list_formats
+    from profiles.loader import load_profile
+
+    known = list_formats(load_profile(profile))
+    if name not in known:
+        raise UserError(f"--format {name}: {profile} reads {', '.join(known)}; give one of these, or no --profile.")
+
+
+def describe_weights(name: str, form: GraphForm) -> dict[str, Any]:
+    """Return the format of a graph's weights as plain data, with what decided on embedding and head."""
+    from compress.report import make_plain
+
+    own, choice = (getattr(form.quantiser, key, None) for key in ("form", "choice"))
+    settings = {key: getattr(own, key) for key in ("method", "block", "symmetric") if hasattr(own, key)}
+    return {"format": name, **settings, **({"ends": make_plain(choice)} if choice is not None else {})}
 
 
 def write_uniform(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
@@ -136,12 +165,15 @@ def write_hf(source: str, output: Path, asked: dict[str, Any], console: Console)
 
     names = ("soc_version", "dtype", "devices", "smooth", "mixed", "int8_head", "text", "windows")
     own = {key: asked[key] for key in names}
+    if asked["method"] not in HF_METHODS:
+        raise UserError(f"--method {asked['method']} is not for --target {flags.HF}; give {' or '.join(HF_METHODS)}.")
     given = HfFlags(
         profile=asked["profile"] or "", quantisation=asked["format"] or "none", gptq=asked["method"] == "gptq", **own
     )
     export_ascend_hf(source, output, given, asked["overwrite"], console)
 
 
+HF_METHODS = ("gptq", "nearest")
 WRITERS = {flags.ONNX: write_onnx, flags.UNIFORM: write_uniform, flags.OM: write_om, flags.HF: write_hf}
 
 

@@ -33,6 +33,7 @@ ONNX, TORCH, AUTO = "onnx", "torch", "auto"
 RUNTIMES = {ONNX: "ONNX Runtime", TORCH: "torch"}
 GENERATION_NAME = "generation_config.json"
 STANDARD_INPUT = "-"
+OM_RUNNER = "run_om.py"
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no character, or not yet one
 PRODUCER, PRODUCER_PLACE = b"lightpress", 64  # a graph's producer is among its first bytes, before any tensor
 Choice = Callable[[Logits], int]
@@ -142,6 +143,7 @@ def find_artifact(folder: Path, runtime: str = AUTO) -> Artifact:
     check_folder(folder)
     if runtime not in (AUTO, *RUNTIMES):
         raise UserError(f"--runtime {runtime} is not one of {', '.join((AUTO, *RUNTIMES))}.")
+    check_runs_here(folder)
     graphs = [place for place in (folder / ONNX_FOLDER, folder) if (place / GRAPH_NAME).is_file()]
     if runtime == ONNX and not graphs:
         raise UserError(
@@ -167,6 +169,15 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
             f"There is no folder {folder}; give a checkpoint, a Lightpress output or an exported ONNX folder."
+        )
+
+
+def check_runs_here(folder: Path) -> None:
+    """Raise UserError for a folder that was written for an Ascend NPU."""
+    if (folder / OM_RUNNER).is_file():
+        raise UserError(
+            f"{folder} holds graphs for an Ascend NPU; try them on this machine with `python3 {folder / OM_RUNNER} "
+            "--onnx --prompt TEXT`."
         )
 
 

@@ -140,8 +140,8 @@ class CheckpointWriter:
         self._name_shards()
         _sync_tree(self._work)
         self.add_text(CONFIG_NAME, json.dumps(self._config, indent=2) + "\n")
-        _sync_path(self._work / CONFIG_NAME)
-        _sync_path(self._work)
+        sync_path(self._work / CONFIG_NAME)
+        sync_path(self._work)
         return self._work
 
     def finish(self) -> Path:
@@ -252,10 +252,14 @@ def _sync_stream(stream: BinaryIO) -> None:
 
 
 def _move_into_place(work: Path, folder: Path, overwrite: bool) -> None:
-    """Rename `work` to `folder`; an old folder is moved aside first, put back on failure, and deleted last."""
-    aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     # Checked again: the run took long, and a rename onto an empty folder is the only one that may pass unasked.
     check_output(folder, overwrite=overwrite)
+    replace_folder(work, folder)
+
+
+def replace_folder(work: Path, folder: Path) -> None:
+    """Rename `work` to `folder`; an old folder is moved aside first, put back on failure, and deleted last."""
+    aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     replaces = folder.exists()
     if replaces:
         folder.rename(aside)
@@ -265,7 +269,7 @@ def _move_into_place(work: Path, folder: Path, overwrite: bool) -> None:
         if replaces:
             aside.rename(folder)
         raise
-    _sync_path(folder.parent)
+    sync_path(folder.parent)
     if replaces:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -274,10 +278,11 @@ def _sync_tree(folder: Path) -> None:
     """Sync what other stages and the small files left in the page cache; the shards are synced already, at no cost."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file() or path.is_dir():
-            _sync_path(path)
+            sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Make a file, or a folder's entries, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

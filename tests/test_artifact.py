@@ -133,6 +133,20 @@ def test_a_model_that_the_servers_cannot_open_is_kept_with_a_warning(narrow, tex
 # export
 
 
+def test_the_json_of_a_quantised_graph_says_what_it_holds(narrow, text, tmp_path):
+    flags = ("--format", "int4", "--text", text, "--windows", 8)
+    found = json.loads(run("export", narrow, *flags, "-o", tmp_path / "onnx", "--json").stdout)["weights"]
+    assert (found["format"], found["method"], found["block"], found["symmetric"]) == ("int4", "gptq", 32, False)
+    assert {found["ends"]["head"], found["ends"]["embedding"]} <= {4, 8}
+    assert found["ends"]["measured"]["layers"] > 0
+
+
+def test_a_graph_for_ascend_says_how_it_is_run(wide, tmp_path):
+    run("export", wide, "--profile", "ascend-310b1", "--static", "-o", tmp_path / "om", "--quiet")
+    done = run("generate", tmp_path / "om", "w5 w6", "--new", 2, code=2)
+    assert f"{tmp_path}/om/run_om.py --onnx" in done.stderr
+
+
 def test_the_profile_names_the_target(wide, tmp_path):
     run("export", wide, "--profile", "ascend-310b4", "-o", tmp_path / "om", "--quiet")
     assert (tmp_path / "om/build_om.sh").is_file()
@@ -158,6 +172,16 @@ def test_the_profile_names_the_target(wide, tmp_path):
         (("--profile", "ascend-310b1", "--gears", "8,1"), ("gears",)),
         (("--profile", "ascend-310p3", "--format", "w4a4"), ("w4a4 is not one of",)),
         (("--profile", "ascend-910b2", "--devices", "2"), ("cannot be split over 2 devices",)),
+        (("--profile", "ascend-310p3", "--soc-version", "Ascend910B2"), ("not a chip of the profile",)),
+        (("--target", "ascend-hf", "--profile", "nosuch"), ("nosuch",)),
+        (("--profile", "ascend-910b2", "--format", "w8a8-dynamic", "--method", "search"), ("--method search",)),
+        (("--profile", "ascend-910b2", "--smooth", "0.9", "--pure"), ("--smooth and --pure would do nothing",)),
+        (("--profile", "ascend-910b2", "--text", "words.txt"), ("--text would do nothing",)),
+        (("--profile", "ascend-910b2", "--format", "w8a8-dynamic", "--pure"), ("--pure would do nothing",)),
+        (("--profile", "cpu-avx2", "--target", "uniform"), ("means nothing to --target uniform",)),
+        (("--profile", "ascend-310b1", "--target", "onnx"), ("ascend-310b1 runs ascend-om",)),
+        (("--profile", "nosuch", "--target", "onnx", "--format", "int8"), ("nosuch",)),
+        (("--profile", "ascend-310b1", "--format", "fp32", "--precision", "fp16"), ("--precision fp16",)),
     ],
 )
 def test_what_cannot_be_exported_is_one_sentence(flags, words, wide, tmp_path):

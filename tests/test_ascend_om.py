@@ -459,11 +459,17 @@ def test_a_prompt_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     source = make_checkpoint(tmp_path / "dense", "llama")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{id}": id for id in range(96)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.enable_truncation(2)  # neither may touch a prompt
+    words.enable_padding(length=8)
     words.save(str(source / "tokenizer.json"))
     export_om(open_checkpoint(source), tmp_path / "om", REQUEST)
     assert om_runner.main(["--prompt", "w5 w6 w7", "--new", "4", "--onnx", "--folder", str(tmp_path / "om")]) == 0
     expected = load_eager(open_checkpoint(source)).generate([5, 6, 7], 4, {2})
     assert capsys.readouterr().out.split() == [f"w{id}" for id in expected]
+    (tmp_path / "om/tokenizer.json").write_text("{}")
+    assert om_runner.main(["--prompt", "w5", "--onnx", "--folder", str(tmp_path / "om")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is no tokenizer" in error and "--ids" in error
 
 
 def test_runner_needs_its_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -660,7 +660,7 @@ def fill_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_encode_header", "_sync_path", "_move_into_place"])
+@pytest.mark.parametrize("step", ["_encode_header", "sync_path", "_move_into_place"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
