@@ -68,6 +68,12 @@ def check_shape(spec: ModelSpec, chip: Chip, devices: int) -> None:
     (reference/ascend.md, 4.1, 4.2 and 4.5).
     """
     check_stock(spec)
+    check_kernels(spec, chip)
+    check_split(spec.shape.layers[0], devices)
+
+
+def check_kernels(spec: ModelSpec, chip: Chip) -> None:
+    """Raise UserError for heads that the attention kernels do not take, and that no compression changes."""
     rules, layer = load_rules()["fused_attention"], spec.shape.layers[0]
     if layer.head_dim % rules["head_multiple"] or layer.head_dim > rules["head_dim"]:
         raise UserError(
@@ -76,7 +82,6 @@ def check_shape(spec: ModelSpec, chip: Chip, devices: int) -> None:
         )
     if layer.group > rules["ratio"]:
         raise UserError(f"{layer.group} query heads on one key/value head are more than the kernels' {rules['ratio']}.")
-    check_split(layer, devices)
 
 
 def check_split(layer: LayerShape, devices: int) -> None:

@@ -120,6 +120,8 @@ def name_format(tensor: TensorProto, uses: Uses) -> str:
             bits = [attribute.i for attribute in node.attribute if attribute.name == "bits"]
             if bits:
                 return f"int{bits[0]}"
+    if any(node.op_type == "DynamicQuantizeMatMul" for node, _ in uses.get(tensor.name, ())):
+        return "w8a8"
     return FORMATS.get(tensor.data_type, f"type {tensor.data_type}")
 
 

@@ -241,11 +241,25 @@ def make_options(graph: onnx.GraphProto, threads: int | None) -> Any:
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    if any(node.op_type == "DynamicQuantizeMatMul" for node in graph.node) and sums_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if any(value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for value in graph.input):
         # Seen in onnxruntime 1.31: its fused norm takes epsilon from a float32 constant only, and for a float64 one
         # silently puts 1e-5 in its place.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+def sums_overflow() -> bool:
+    """Tell whether this CPU's products of 8-bit numbers saturate at 16 bits: x86 without VNNI (onnxruntime PR 12088).
+
+    The option that avoids it costs time where it is not needed. Not tried on such a CPU.
+    """
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
+    except OSError:  # another system: nothing is known
+        return False
+    return "sse2" in flags and not flags & {"avx512_vnni", "avx_vnni"}
 
 
 def check_external_data(path: Path, graph: onnx.GraphProto) -> None:

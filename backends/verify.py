@@ -26,7 +26,7 @@ import numpy as np
 from backends.runtime import Ids, Logits
 from compress.errors import UserError
 from compress.family import explain_not_stock
-from compress.report import DIFFERENT, EQUAL, SKIPPED, Proof
+from compress.report import CLOSE, DIFFERENT, EQUAL, SKIPPED, Proof
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,8 @@ def judge(runtime: str, tolerance: float, max_error: float, scale: float, agreem
     """Turn a measured difference into a proof; a NaN on either side counts as different."""
     same = max_error <= tolerance * scale
     reason = "" if same else f"logits differ by up to {max_error:.3g} at a largest logit of {scale:.3g}"
-    return Proof(runtime, EQUAL if same else DIFFERENT, max_error, scale, agreement, reason)
+    passed = EQUAL if tolerance <= TOLERANCE else CLOSE
+    return Proof(runtime, passed if same else DIFFERENT, max_error, scale, agreement, reason)
 
 
 def compare_sample(run: Callable[[Ids], Logits], sample: Path) -> dict[str, float]:

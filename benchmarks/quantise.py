@@ -1,17 +1,19 @@
 """Perplexity of quantised layers by method, at equal bits: nearest, searched scales, GPTQ on the stream.
 
-    python benchmarks/quantise.py stories|demo|books [--books FOLDER] [--tests 60] [--windows 64] [--ends]
+    python benchmarks/quantise.py stories|demo|books [--books FOLDER] [--tests 60] [--windows 64] [--ends | --inputs]
 
 Target: excess log-perplexity of int4 by GPTQ at most 0.7 of that of rounding to the nearest. Embedding and head stay
 float32 here, products are float32: what is measured is the rounding of the layers. Same windows as quality.py.
 With --ends instead: embedding and head in 8 and 4 bits behind int4 layers, the divergences measured on text held out
 from calibration, and what `auto` makes of them; in the tables, excess of log-perplexity over the dense model's.
+With --inputs instead: the formats of `export` through their graphs on ONNX Runtime, w8a8 by what a product may lose.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +23,22 @@ import torch.nn.functional as F
 from quality import Case, open_case
 from torch import Tensor
 
+from backends.export_onnx import GraphForm, export_onnx
+from cli.artifact import measure_graph
+from cli.weights import choose_block
 from compress.calibrate import fill_embeddings
 from compress.decoder import compute_logits, make_frame, run_layer
+from compress.evaluate import measure_quality
 from compress.hidden import HiddenStore, batches
 from compress.quantize.blocks import Quantised
 from compress.quantize.ends import fill_quantised
+from compress.quantize.onnx_w8a8 import BLOCKS, LIMIT, StepForm, StepQuantiser
 from compress.quantize.stream import METHODS, LayerQuantiser, WeightForm
 from compress.text import Windows
 from compress.weights import read_head, read_layer
 
 BITS = (8, 4)
+LIMITS = (math.inf, LIMIT, LIMIT / 2)
 FORMS = ((4, 32, True), (4, 32, False), (4, 64, False), (4, 128, False), (8, 32, True), (8, 128, True))
 
 
@@ -100,6 +108,29 @@ def show_ends(case: Case, test: Windows, learned: Windows, dense: float) -> None
         print(f" | {found.head / price:.2f} | {found.embedding / price:.2f} | {choice.embedding}, {choice.head} |")
 
 
+def show_inputs(case: Case, test: Windows, learned: Windows) -> None:
+    """Print the perplexity of exported graphs: int8 and int4 weights, and 8-bit inputs up to several losses."""
+    block, spec = choose_block(case.spec.shape), case.spec
+    dense = measure_quality(case.checkpoint, spec, test).perplexity
+    print(f"dense {dense:.4f}\n\n| format | perplexity | excess % | groups in 8-bit blocks | s |\n" + "|---" * 5 + "|")
+    forms: dict[str, WeightForm | StepForm] = {
+        f"int{bits}": WeightForm(bits, block, symmetric=bits == BITS[0]) for bits in BITS
+    }
+    forms |= {f"w8a8, at most {limit:g}": StepForm(block=block, limit=limit) for limit in LIMITS}
+    forms |= {"w8a8, nearest": StepForm("nearest", block)}
+    for name, form in forms.items():
+        kind = StepQuantiser if isinstance(form, StepForm) else LayerQuantiser
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, kind(case.checkpoint, spec, form, learned) as quantiser:
+            export_onnx(case.checkpoint, Path(folder) / "onnx", form=GraphForm(quantiser=quantiser))
+            found = measure_graph(Path(folder) / "onnx", test, 1)
+        groups = quantiser.report.groups if isinstance(quantiser, StepQuantiser) else []
+        lost = [f"{group.layer} {'/'.join(group.roles)}" for group in groups if group.kind == BLOCKS]
+        told = f"{len(lost)} of {len(groups)}: {', '.join(lost)}" if lost else ""
+        seconds = time.perf_counter() - started
+        print(f"| {name} | {found:.4f} | {100 * (found / dense - 1):.3f} | {told} | {seconds:.0f} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,10 +139,14 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=60)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--ends", action="store_true")
+    parser.add_argument("--inputs", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     case = open_case(options.case, options.books)
     test, learned = case.test.take(options.tests), case.calibration.take(options.windows)
+    if options.inputs:
+        show_inputs(case, test, learned)
+        return
     dense = measure_loss(case, test, learned, None)
     print(f"{case.name}: dense perplexity {math.exp(dense):.3f}\n")
     if options.ends:

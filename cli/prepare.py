@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backends.ascend_om import request_for, resolve_request
+from backends.ascend_rules import settle_soc
+from backends.ascend_servers import check_kernels, open_chip
 from cli.budget import Device, make_goal
 from cli.console import Console, format_bytes
 from cli.estimate import estimate_disk, estimate_memory, estimate_spill, free_memory
+from cli.export_flags import OM
 from cli.request import Request
 from compress.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compress.checkpoint_writer import check_output, check_space
@@ -78,10 +82,25 @@ def prepare_job(request: Request, console: Console) -> Job:
     check_goal(goal, recipe, console)
     tokenizer = check_texts(request, checkpoint, recipe)
     job = Job(request, checkpoint, spec, recipe, tokenizer, plan, goal, device)
+    check_runtime(job)
     check_disk(job)
     check_memory(job)
     check_weights(checkpoint, console)
     return job
+
+
+def check_runtime(job: Job) -> None:
+    """Raise UserError where the device's runtime could not open the model however it was compressed."""
+    device, request = job.device, job.request
+    if device is None or request.output is None or not request.export or not writes_ascend(device):
+        return
+    try:
+        if device.profile.runtime.export == OM:
+            resolve_request(request_for(device.profile), job.spec)
+        else:
+            check_kernels(job.spec, open_chip(settle_soc(device.profile)))
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; or add --no-export to compress all the same.") from error
 
 
 def check_choices(spec: ModelSpec, recipe: Recipe) -> None:

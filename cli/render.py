@@ -9,6 +9,7 @@ from typing import Any
 from cli.console import align_table, format_bytes, format_count
 from compress.plan import LayerPlan, Plan, describe_counts
 from compress.report import (
+    CLOSE,
     DIFFERENT,
     EQUAL,
     BenchProcess,
@@ -113,7 +114,7 @@ def size_row(name: str, before: float, after: float, show: Callable[[float], str
 def list_plan_notes(plan: PlanReport, measured: float | None) -> list[str]:
     """Return the lines below a plan's tables; `measured` is the loss of the plan where it was tried."""
     gone = ", ".join(map(str, plan.dropped_layers)) or "none"
-    notes = [f"Layers dropped: {gone}. Kept of the non-embedding parameters: {plan.kept_fraction:.3f}."]
+    notes = [f"Layers dropped, by index: {gone}. Kept of the non-embedding parameters: {plan.kept_fraction:.3f}."]
     axes = {axis: value for axis, value in plan.predicted_loss.items() if value > 0}
     if axes:
         parts = ", ".join(f"{axis} {value:.3f}" for axis, value in axes.items())
@@ -352,6 +353,13 @@ def render_proof(proof: Proof) -> str:
     if proof.status == EQUAL:
         error = f"within {proof.max_error:.1e} of a largest {proof.scale:.3g}" if proof.max_error else "exactly"
         return f"Verified with {proof.runtime} in a fresh process: logits are equal {error}."
+    if proof.status == CLOSE:
+        assert proof.max_error is not None and proof.scale is not None and proof.agreement is not None
+        return (
+            f"Run with {proof.runtime} in a fresh process: logits come within {proof.max_error / proof.scale:.1%} of "
+            "the largest to those of the quantised layers, whose inputs are not rounded; top-1 agreement "
+            f"{proof.agreement:.1%}."
+        )
     if proof.status == DIFFERENT:
         return f"NOT verified with {proof.runtime}: {proof.reason}."
     return f"Not checked with {proof.runtime}: {proof.reason}."

@@ -281,8 +281,11 @@ def finish_run(
     if scorer is not None:
         with clock.time("score"):
             comparison = add_accuracy(comparison, scorer((job.checkpoint, job.spec)), scorer(written))
-    report = RunReport(folder, summary, proofs, comparison, clock.seconds, artifact.format, artifact.lines)
-    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds, "graph_format": artifact.format})
+    report = RunReport(
+        folder, summary, proofs, comparison, clock.seconds, artifact.format, artifact.lines, artifact.error
+    )
+    made = {"graph_format": artifact.format, "artifact_error": artifact.error}
+    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds, **made})
     console.show("\n" + render_comparison(comparison))
     for line in (*map(render_proof, proofs), *artifact.lines):
         console.show(line)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-EQUAL, DIFFERENT, SKIPPED = "equal", "different", "skipped"
+EQUAL, CLOSE, DIFFERENT, SKIPPED = "equal", "close", "different", "skipped"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class PlanReport:
 class RunReport:
     """Everything `compress` found out: where the output is, its plan, the proofs, dense against compressed.
 
-    `graph_format`: weights of the ONNX graph; `next_steps`: what to copy to the device and to run there.
+    `graph_format`: weights of the ONNX graph; `next_steps`: what to copy to the device and to run there;
+    `artifact_error`: why nothing was written for it.
     """
 
     output: Path
@@ -126,6 +127,7 @@ class RunReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     graph_format: str = ""
     next_steps: tuple[str, ...] = ()
+    artifact_error: str | None = None
 
 
 @dataclass(frozen=True)

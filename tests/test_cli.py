@@ -506,7 +506,7 @@ def test_uneven_plan_is_printed_by_layer():
     printed = render_plan(plan)
     assert printed.splitlines()[1].split() == ["0", "4", "2", "32", "->", "16"]
     assert printed.splitlines()[2].split() == ["2", "4", "->", "2", "2", "->", "1", "32", "->", "8"]
-    assert "dropped: 1." in printed
+    assert "dropped, by index: 1." in printed
 
 
 def test_help_names_every_key_and_every_choice_under_its_heading():
