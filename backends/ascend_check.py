@@ -17,6 +17,8 @@ import onnx
 from backends.ascend_build import (
     BUILD_FILE,
     CONFIG,
+    INTERFACE,
+    SCRIPT,
     SUFFIX,
     TARGET_FILE,
     Build,
@@ -41,6 +43,8 @@ from backends.ascend_graph import OpenGraph, open_graph, walk_graphs
 from backends.ascend_rules import ERROR, WARNING, Chip, Finding, explain_soc, find_chip, require_soc
 from compress.errors import UserError
 
+ASCEND_FOLDER, MANIFEST, RUNNER = "ascend", "lightpress.json", "run_om.py"
+OM_FILES = (BUILD_FILE, SCRIPT, INTERFACE, RUNNER)
 Progress = Callable[[int, int], None]
 
 
@@ -72,17 +76,34 @@ def check_folder(
     says so. `devices` is the degree of tensor parallelism that a Hugging Face folder will be served with. Raises
     UserError when there is nothing to check, for an unknown `soc_version`, and for JSON that cannot be read.
     """
+    folder = find_ascend(folder)
     graphs = list_graphs(folder)
     soc = require_soc(soc_version) if soc_version else read_soc(folder)
     chip = find_chip(soc)
     config = read_config(folder)
     found = list(check_soc(soc, chip))
+    found += check_complete(folder)
     checked: list[str] = []
     if graphs:
         found += check_graphs(folder, graphs, chip, config, checked, progress)
     else:
         found += check_checkpoint(folder, config, chip, devices, checked)
     return Report(merge_findings(found), tuple(checked), soc)
+
+
+def find_ascend(folder: Path) -> Path:
+    """Return the `ascend` folder of what `compress` wrote, else the folder itself."""
+    inside = folder / ASCEND_FOLDER
+    return inside if (folder / MANIFEST).is_file() and inside.is_dir() else folder
+
+
+def check_complete(folder: Path) -> Iterator[Finding]:
+    """Yield the file that a folder of ours has lost; others' graphs have none of them, or some."""
+    missing = [name for name in OM_FILES if not (folder / name).is_file()]
+    if len(missing) == 1:
+        severity = WARNING if missing[0] == RUNNER else ERROR
+        text = f"{missing[0]} is missing; copy it there or export the folder again."
+        yield Finding("files", severity, missing[0], "", text)
 
 
 def merge_findings(found: Iterable[Finding]) -> tuple[Finding, ...]:

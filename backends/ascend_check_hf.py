@@ -82,6 +82,7 @@ def check_checkpoint(
     yield from check_index(served)
     yield from check_dtype(served)
     yield from check_uniform(served)
+    yield from check_sizes(served)
     yield from check_heads(served)
     yield from check_split(served)
     description = find_description(folder)
@@ -170,6 +171,21 @@ def check_uniform(served: Served) -> Iterator[Finding]:
             names = list(found.values())
             text = f"{names[0]} and {names[1]} have different shapes, {list(found)[0]} and {list(found)[1]}; {advice}."
             yield Finding("uniform", ERROR, served.tensors[names[1]].file, pattern, text)
+            return
+
+
+def check_sizes(served: Served) -> Iterator[Finding]:
+    """Yield sizes of config.json that the stored tensors do not have."""
+    layers = {int(found.group(1)) for found in map(LAYER.search, served.tensors) if found}
+    wanted = served.number("num_hidden_layers")
+    if layers and wanted and wanted != max(layers) + 1:
+        text = f"num_hidden_layers is {wanted}, and the files hold {max(layers) + 1} layers; export the folder again."
+        yield Finding("sizes", ERROR, CONFIG, "num_hidden_layers", text)
+    width = served.number("intermediate_size")
+    for name, stored in served.tensors.items():
+        if name.endswith("down_proj.weight") and len(stored.shape) == MATRIX_RANK and 0 < width != stored.shape[1]:
+            text = f"intermediate_size is {width}, and {name} reads {stored.shape[1]}; export the folder again."
+            yield Finding("sizes", ERROR, CONFIG, "intermediate_size", text)
             return
 
 

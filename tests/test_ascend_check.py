@@ -791,6 +791,17 @@ def test_folders_of_the_om_exporter_have_no_errors(tmp_path, soc, form):
     assert {finding.rule for finding in report.findings} == {"steps"} | ({"input-type"} if "ids" not in form else set())
 
 
+@pytest.mark.parametrize("name", ["build.json", "build_om.sh", "io.json", "run_om.py"])
+def test_a_file_that_an_om_folder_has_lost(tmp_path, name):
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", "qwen3"))
+    export_om(checkpoint, tmp_path / "out/ascend", OmRequest("Ascend310B1", cache=64, gears=(1, 8, 32)))
+    (tmp_path / "out/ascend" / name).unlink()
+    (tmp_path / "out/lightpress.json").write_text("{}")  # as `compress` leaves it: the ascend folder is meant
+    found = [finding for finding in check_folder(tmp_path / "out", "Ascend310B1").findings if finding.rule == "files"]
+    assert [finding.file for finding in found] == [name]
+    assert "is missing" in found[0].sentence
+
+
 @pytest.mark.parametrize("case", ["llama-biases", "gemma2", "phi3-longrope", "olmo2", "granite", "pangu_sandwich"])
 def test_om_folders_of_other_families_have_no_errors(tmp_path, case):
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", case))
@@ -932,7 +943,15 @@ def test_types_that_mindie_reads_head_dim_of(tmp_path):
 def test_doubts_about_config_json(tmp_path, changes, rule):
     folder = write_served(tmp_path, **changes)
     judge(folder, rule, severity="warning", soc="Ascend310P3")
-    assert rules_found(folder, "Ascend310P3") == set()
+    assert rules_found(folder, "Ascend310P3") <= {"sizes"}  # the tensors beside it were not changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"num_hidden_layers": 3}, ("num_hidden_layers is 3", "2 layers")), ({"intermediate_size": 144}, ("144", "128"))],
+)
+def test_sizes_that_the_tensors_do_not_have(tmp_path, changes, words):
+    judge(write_served(tmp_path, **changes), "sizes", *words, soc="Ascend910B2")
 
 
 def test_tensor_parallelism_must_divide(tmp_path):
