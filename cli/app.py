@@ -16,6 +16,7 @@ from cli.check_ascend import check_ascend
 from cli.compress import compress
 from cli.console import RunFailure
 from cli.demo import demo
+from cli.distill import distill_data
 from cli.evaluate import evaluate
 from cli.export import export
 from cli.generate import generate
@@ -23,6 +24,7 @@ from cli.inspect import inspect
 from cli.options import PANELS
 from cli.plan import plan
 from cli.profiles import app as profiles
+from cli.recover import recover
 from cli.version import read_version
 from compress.errors import UserError
 
@@ -128,6 +130,8 @@ VERBS: Mapping[str, Any] = {
     "compress": compress,
     "plan": plan,
     "inspect": inspect,
+    "recover": recover,
+    "distill-data": distill_data,
     "export": export,
     "check-ascend": check_ascend,
     "generate": generate,

@@ -1,0 +1,1 @@
+"""Recovery after surgery: training against the dense model, and the data for it."""
