@@ -10,7 +10,7 @@ from backends.ascend_format import LAYOUTS
 from backends.ascend_hf import HfReport, HfRequest, check_request, export_hf, make_form
 from backends.ascend_rules import settle_soc
 from cli.console import Console, format_bytes
-from cli.prepare import check_weights, gather_calibration
+from cli.prepare import check_tokenizer, check_weights, check_writable, gather_calibration
 from compress.checkpoint import open_checkpoint
 from compress.checkpoint_writer import check_output
 from compress.errors import UserError
@@ -59,6 +59,8 @@ def export_ascend_hf(source: str, output: Path, flags: HfFlags, overwrite: bool,
     form = make_form(settled)
     learns = learns_from_text(form)
     check_idle(flags, form, learns)
+    check_writable(output)
+    check_tokenizer(checkpoint.folder, console)
     check_weights(checkpoint, console)
     windows = gather_calibration(flags.text, flags.windows, checkpoint, console) if learns else None
     report = export_hf(checkpoint, output, request, windows, console.progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from backends.ascend_om import OmReport, OmRequest, export_om, request_for
 from cli.console import Console, format_bytes
-from cli.prepare import check_weights
+from cli.prepare import check_tokenizer, check_weights, check_writable
 from compress.checkpoint import open_checkpoint
 from compress.errors import UserError
 from profiles.loader import load_profile
@@ -36,7 +36,9 @@ class OmFlags:
 def run_om_export(source: str, output: Path, flags: OmFlags, console: Console) -> None:
     """Export for an OM and say in three lines what to copy and to run; UserError for what cannot be."""
     request = make_request(flags)
+    check_writable(output)
     checkpoint = open_checkpoint(source)
+    check_tokenizer(checkpoint.folder, console)
     check_weights(checkpoint, console)
     report = export_om(checkpoint, output, request, lambda *steps: console.progress("export", *steps), flags.overwrite)
     for note in report.notes:

@@ -84,13 +84,15 @@ def choose_target(target: str | None, profile: str | None) -> str:
 def write_onnx(source: str, output: Path, asked: dict[str, Any], console: Console) -> None:
     """Write a graph for ONNX Runtime."""
     from backends.export_onnx import export_onnx
-    from cli.prepare import check_weights
+    from cli.prepare import check_tokenizer, check_weights, check_writable
     from cli.weights import FormatFlags, choose_format, open_form
     from compress.checkpoint import open_checkpoint
     from compress.weights import read_spec
 
     check_folder(output, Path(source), asked["overwrite"])
+    check_writable(output)
     checkpoint = open_checkpoint(source)
+    check_tokenizer(checkpoint.folder, console)
     name, profile = asked["format"], asked["profile"]
     if profile is not None:
         name = name or choose_format(profile, read_spec(checkpoint).shape, asked["standard"], console)

@@ -36,6 +36,7 @@ from compress.surgery.job import Rebuild
 from compress.text import Windows, load_tokenizer, read_documents, read_windows
 from compress.weights import read_spec
 
+TOKENIZER = "tokenizer.json"
 EVAL_WINDOWS = 32
 EVAL_SHARE = 5  # of a text too short for everything, one window in so many is kept for evaluation
 
@@ -208,6 +209,14 @@ def check_weights(checkpoint: Checkpoint, console: Console) -> None:
     for done, name in enumerate(checkpoint.tensors, 1):
         check_finite(checkpoint, [name])
         console.progress("check", done, len(checkpoint.tensors))
+
+
+def check_tokenizer(folder: Path, console: Console) -> None:
+    """Raise UserError for a tokenizer that cannot be read; say when there is none to go with what is written."""
+    if (folder / TOKENIZER).is_file():
+        load_tokenizer(folder)
+    else:
+        console.note(f"{folder} has no {TOKENIZER}: what is written takes token ids only.")
 
 
 def gather_texts(job: Job, console: Console) -> Texts:

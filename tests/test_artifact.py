@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
@@ -206,3 +207,22 @@ def test_what_cannot_be_exported_is_one_sentence(flags, words, wide, tmp_path):
     for word in words:
         assert word in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", [("--target", "onnx"), ("--profile", "ascend-310b1"), ("--profile", "ascend-910b2")])
+def test_a_checkpoint_or_place_that_is_no_good_is_one_sentence(target, wide, tmp_path):
+    refused(run("export", wide, *target, "-o", "/proc/nowhere/out", code=2), "cannot be written")
+    broken = make_model(tmp_path / "broken", "qwen3")
+    (broken / "tokenizer.json").write_text("{}")
+    refused(run("export", broken, *target, "-o", tmp_path / "out", code=2), "tokenizer.json")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    (broken / "tokenizer.json").unlink()
+    save_file(tensors, broken / "model.safetensors")
+    refused(run("export", broken, *target, "-o", tmp_path / "out", "-q", code=2), "model.layers.2.mlp.up_proj.weight")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def refused(done, words):
+    assert done.stdout == "" and words in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
