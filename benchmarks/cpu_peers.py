@@ -47,7 +47,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nncf": ("nncf", ("nncf",)),
     "llama": ("llama_cpp", ("llama-cpp-python", "gguf")),
 }
-OURS, OURS_GENAI = "ours, ONNX Runtime", "ours, onnxruntime-genai"
+OURS, OURS_GENAI, OURS_W8A8 = "ours, ONNX Runtime", "ours, onnxruntime-genai", "ours in w8a8, ONNX Runtime"
 LLAMA = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 KEYS = ("prefill", "decode")
 LEAST_COSINE = {"fp32": 0.9999, "int8": 0.99, "int4": 0.8}  # below it, it is another model
@@ -191,6 +191,9 @@ def list_runs(place: Place, name: str) -> list[tuple[str, Callable[[], Run]]]:
     def ours(title: str, python: Path, engine: str) -> tuple[str, Callable[[], Run]]:
         return title, lambda: Run(title, python, engine, build_ours(place, name))
 
+    def ours_w8a8() -> Run:
+        return Run(OURS_W8A8, Path(sys.executable), "ours", build_ours(place, "w8a8"))
+
     def openvino(hint: str) -> tuple[str, Callable[[], Run]]:
         title = f"OpenVINO GenAI, computing in {hint}"
         return title, lambda: Run(title, place.python, "openvino-genai", build_other(place, "openvino", name), hint)
@@ -199,6 +202,7 @@ def list_runs(place: Place, name: str) -> list[tuple[str, Callable[[], Run]]]:
     return [
         ours(OURS, Path(sys.executable), "ours"),
         ours(OURS_GENAI, place.python, "genai"),
+        *([(OURS_W8A8, ours_w8a8)] if name == "int8" else []),
         (genai, lambda: Run(genai, place.python, "genai", build_genai(place, name))),
         (llama, lambda: Run(llama, place.python, "llama", build_other(place, "gguf", name))),
         openvino("f32"),
@@ -356,20 +360,17 @@ def show_rates(results: dict[str, Any]) -> None:
 
 
 def show_ratios(results: dict[str, Any]) -> None:
-    """Print ours against every peer."""
-    print("\n| format | peer | prefill: ours | ours in genai | decode: ours | ours in genai |")
-    print("|---|---|---|---|---|---|")
+    """Print each of ours against every peer."""
+    print("\n| format | ours | peer | prefill: ours / peer | decode: ours / peer |")
+    print("|---|---|---|---|---|")
     for name, found in results.items():
         runs = found["runs"]
-        own = [title for title in (OURS, OURS_GENAI) if title in runs]
-        for title in runs:
-            if title in own or not own:
-                continue
-            cells = []
-            for key in KEYS:
-                cells += [spread(find_ratios(runs, one, title, key), 2) for one in own]
-                cells += ["-"] * (2 - len(own))
-            print(f"| {name} | {title} | {' | '.join(cells)} |")
+        own = [title for title in (OURS, OURS_GENAI, OURS_W8A8) if title in runs]
+        for one in own:
+            for title in runs:
+                if title not in own:
+                    cells = " | ".join(spread(find_ratios(runs, one, title, key), 2) for key in KEYS)
+                    print(f"| {name} | {one.removeprefix('ours, ')} | {title} | {cells} |")
 
 
 def show_checks(results: dict[str, Any]) -> None:

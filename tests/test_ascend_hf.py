@@ -640,7 +640,7 @@ def test_command_writes_the_folder_and_says_what_to_run(tmp_path, capsys):
     [
         (HfFlags(), "--profile"),
         (HfFlags(profile="cpu-avx2"), "No --soc_version is known"),
-        (HfFlags(soc_version=A2, text=Path("corpus.txt")), "name a quantisation"),
+        (HfFlags(soc_version=A2, text=Path("corpus.txt")), "--text would do nothing"),
         (HfFlags(soc_version=A2, quantisation="w8a8-static", text=Path("no.txt")), "no.txt"),
     ],
 )

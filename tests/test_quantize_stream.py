@@ -185,7 +185,7 @@ def test_profile_gives_the_format_it_decodes_fastest(tmp_path: Path, capsys: pyt
     shape, console = read_spec(open_checkpoint(make_checkpoint(tmp_path / "m", "llama"))).shape, Console(False, False)
     profile = load_profile("cpu-avx512")
     speeds = {name: predict_speed(name, shape, profile) for name in list_formats(profile)}
-    assert list(speeds) == ["fp32", "int8", "int4"]
+    assert list(speeds) == ["fp32", "int8", "w8a8", "int4"]
     best = choose_format(profile.name, shape, False, console)
     assert speeds[best] == max(speeds.values())
     said = capsys.readouterr().err
