@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backends.likelihood import Progress, TextModel, encode_pair, score_rows
 from compress.errors import UserError
+from compress.text import iterate_objects
 
 Json = Mapping[str, Any]
 GOOD, BAD = "sentence_good", "sentence_bad"
@@ -77,7 +77,7 @@ def read_examples(path: Path, make: Callable[[Json], Example], limit: int | None
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a .jsonl file.")
     examples: list[Example] = []
     with path.open("rb") as lines:
-        for number, row in iterate_rows(path, lines):
+        for number, row in iterate_objects(path, lines):
             if len(examples) == limit:
                 break
             try:
@@ -87,22 +87,6 @@ def read_examples(path: Path, make: Callable[[Json], Example], limit: int | None
     if not examples:
         raise UserError(f"{path}: holds no example; give one JSON object per line.")
     return tuple(examples)
-
-
-def iterate_rows(path: Path, lines: Iterator[bytes] | Any) -> Iterator[tuple[int, Json]]:
-    """Yield the number and the object of each line that is not blank."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: line {number} is not UTF-8 text; convert the file first.") from error
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is not JSON; give one JSON object per line.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is a {type(row).__name__}; give one JSON object per line.")
-        yield number, row
 
 
 def make_pair(row: Json) -> Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,27 @@ def read_plain(path: Path, field: str) -> Iterator[str]:
 def read_jsonl(path: Path, field: str) -> Iterator[str]:
     """Yield `field` of every line of a JSON-lines file."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: line {number} is not UTF-8 text; convert the file first.") from error
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON; give one JSON object per line.") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                have = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        for number, row in iterate_objects(path, lines):
+            if not isinstance(row.get(field), str):
+                have = ", ".join(sorted(row))
                 raise UserError(f"{path}: line {number} has no text in '{field}' (it has {have}); set --field.")
             yield row[field]
+
+
+def iterate_objects(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line that is not blank; UserError for a line that is none."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: line {number} is not UTF-8 text; convert the file first.") from error
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON; give one JSON object per line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is a {type(row).__name__}; give one JSON object per line.")
+        yield number, row
 
 
 def read_parquet(path: Path, field: str) -> Iterator[str]:

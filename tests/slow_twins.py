@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.decoder import attention_branch, attention_context, make_frame, mlp_activation, mlp_branch
+from compress.quantize.blocks import Quantised
 from compress.spec import ModelSpec
 from compress.weights import Weights
 
@@ -220,3 +221,9 @@ def branch_energies(spec: ModelSpec, weights: Weights, index: int, x: Tensor) ->
     attention = attention_branch(spec, weights, context)
     mlp = mlp_branch(spec, weights, mlp_activation(spec, weights, x + attention))
     return [float(branch[:, 1:].double().pow(2).sum()) for branch in (attention, mlp)]
+
+
+def output_error(weight: Tensor, quantised: Quantised, gram: Tensor) -> float:
+    """tr(E G E^T), E what quantising changed in `weight` `[out, in]`: the squared error of the outputs."""
+    missed = weight.double() - quantised.dequantise().double()
+    return float((missed @ gram.double()).mul_(missed).sum())

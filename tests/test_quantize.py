@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from slow_twins import output_error
 from torch import Tensor
 
 from compress.errors import UserError
@@ -18,7 +19,6 @@ from compress.quantize.blocks import FACTORS, REFITS, Format, Quantised, round_t
 from compress.quantize.gptq import (
     RIDGE,
     factor_upper,
-    output_error,
     plan_walks,
     quantise_gptq,
     quantise_part,

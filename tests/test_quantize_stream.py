@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import refused
+from slow_twins import output_error
 from tiny import make_checkpoint
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from compress.decoder import compute_logits, make_frame, run_layer
 from compress.quantize import ends
 from compress.quantize.blocks import Quantised
 from compress.quantize.ends import Divergence, Sensitivity, choose_bits, quantise_matrix, split_windows
-from compress.quantize.gptq import output_error
 from compress.quantize.stream import HALVES, METHODS, LayerQuantiser, WeightForm
 from compress.text import Windows
 from compress.weights import embed_rows, read_head, read_layer, read_spec

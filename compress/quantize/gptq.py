@@ -247,12 +247,3 @@ def round_span(state: Rounding, walk: Walk, span: slice, pending: Tensor, form: 
         state.errors[column] = state.weights[column] - values
         missed = target.sub_(values)
         state.loss.addcmul_(missed, missed, value=pivot**2)
-
-
-def output_error(weight: Tensor, quantised: Quantised, gram: Tensor) -> float:
-    """Return tr(E G E^T), E what quantising changed in `weight` `[out, in]`: the squared output error (float64)."""
-    error, parts = 0.0, zip(torch.split(weight, ROWS), torch.split(quantised.dequantise(), ROWS), strict=True)
-    for exact, rounded in parts:
-        missed = exact.double() - rounded.double()
-        error += float((missed @ gram.double()).mul_(missed).sum())
-    return error
