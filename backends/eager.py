@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends import npu
-from backends.runtime import Ids, Logits, generate_greedily
+from backends.runtime import Ids, Logits, Runtime, generate_greedily
 from compress.checkpoint import Checkpoint
 from compress.decoder import HALVES, PLAIN, Frame, Kernels, Past, compute_logits, make_frame, run_layer
 from compress.errors import UserError
@@ -169,14 +169,14 @@ def put_weights(checkpoint: Checkpoint, weights: Weights, place: Place, where: s
     return {role: tensor.to(place.device) for role, tensor in weights.items()}
 
 
-def measure_placed(model: EagerModel, windows: Windows) -> Quality:
-    """Return the perplexity of a loaded model on the windows, as its device computes it."""
+def measure_placed(model: Runtime, windows: Windows) -> Quality:
+    """Return the perplexity of a loaded model on the windows, as its runtime and device compute it."""
     losses = [float(F.cross_entropy(run_window(model, ids), ids[1:], reduction="sum")) for ids in windows.ids]
     count = windows.ids[:, 1:].numel()
     return Quality(math.exp(sum(losses) / count), count)
 
 
-def compare_placed(dense: EagerModel, other: EagerModel, windows: Windows) -> tuple[Quality, Quality]:
+def compare_placed(dense: Runtime, other: Runtime, windows: Windows) -> tuple[Quality, Quality]:
     """Return the quality of two loaded models on the same windows, the second with agreement and KL(dense || other)."""
     sums = torch.zeros(4, dtype=torch.float64)
     for ids in windows.ids:
@@ -186,10 +186,12 @@ def compare_placed(dense: EagerModel, other: EagerModel, windows: Windows) -> tu
     return Quality(math.exp(first), count), Quality(math.exp(second), count, agreed, divergence)
 
 
-def run_window(model: EagerModel, ids: Tensor) -> Tensor:
+def run_window(model: Runtime, ids: Tensor) -> Tensor:
     """Return float logits `[length - 1, vocab]` of one window; UserError when values left the number format's range."""
     logits = torch.from_numpy(model.prefill(ids[None].numpy())[0][0, :-1])
     if not bool(torch.isfinite(logits).all()):
+        if not isinstance(model, EagerModel):
+            raise UserError("The graph's logits are not finite: its weights are damaged; export it again.")
         name = str(model.place.dtype).removeprefix("torch.")
         raise UserError(
             f"The model's values leave the range of {name} on {model.place.name}; use a device with bfloat16, or "

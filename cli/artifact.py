@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 from backends.ascend_hf import HfRequest, export_hf
 from backends.ascend_om import export_om, request_for
 from backends.ascend_rules import settle_soc
+from backends.eager import measure_placed
 from backends.export_onnx import export_onnx
 from backends.ort import open_onnx
 from backends.verify import ONNX_FOLDER, Sample
@@ -163,8 +160,4 @@ def choose_dtype(device: Device) -> str:
 
 def measure_graph(folder: Path, windows: Windows, threads: int | None) -> float:
     """Return the perplexity of an ONNX folder on the windows, over the same tokens as `compress.evaluate`."""
-    model, losses = open_onnx(folder, threads), []
-    for ids in windows.ids:
-        logits = torch.from_numpy(model.prefill(ids[None].numpy())[0][0])
-        losses.append(float(F.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum")))
-    return math.exp(sum(losses) / windows.ids[:, 1:].numel())
+    return measure_placed(open_onnx(folder, threads), windows).perplexity

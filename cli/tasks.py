@@ -17,11 +17,13 @@ from backends.likelihood import TextModel
 from backends.tasks import TaskFile, TaskScore, read_choices, read_pairs, score_task
 from cli.compare import evaluate_folders
 from cli.console import Console, RunFailure, align_table
+from cli.graphs import evaluate_graphs
 from cli.measure import limit_threads
 from cli.render import format_share, render_comparison
 from cli.stream import (
     AUTO,
     GENERATION_NAME,
+    ONNX,
     TORCH,
     Artifact,
     find_artifact,
@@ -73,7 +75,11 @@ def evaluate_all(
     """Measure the first source on a text, if there is one, and on all questions; print and return what was found."""
     limit_threads(threads)
     found: dict[str, Any] = {}
-    if text[0] is not None:
+    names = [source for source in (sources[1], sources[0]) if source is not None]
+    if text[0] is not None and any(find_source(name).runtime == ONNX for name in names):
+        models = [open_text_model(name, threads, console) for name in names]
+        found |= evaluate_graphs(models, text[0], text[1], console)
+    elif text[0] is not None:
         comparison = evaluate_folders(sources, text[0], text[1], console)
         console.show(render_comparison(comparison))
         found |= make_plain(comparison)

@@ -147,6 +147,24 @@ def test_what_only_the_result_shows_costs_no_checkpoint(wide, text, tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_a_graph_is_evaluated_on_a_text_as_its_checkpoint_is(narrow, text, tmp_path):
+    run("export", narrow, "-o", tmp_path / "onnx", "-q")
+    few = ("--text", text, "--windows", 4, "--length", 24, "--json")
+    exact = json.loads(run("evaluate", narrow, *few).stdout)["compressed"]
+    alone = json.loads(run("evaluate", tmp_path / "onnx", *few).stdout)
+    assert alone["dense"] is None
+    assert alone["compressed"]["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
+    pair = json.loads(run("evaluate", tmp_path / "onnx", "--against", narrow, *few).stdout)
+    assert pair["dense"]["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
+    assert pair["compressed"]["agreement"] == 1 and abs(pair["compressed"]["divergence"]) < 1e-6
+    shown = run("evaluate", tmp_path / "onnx", "--against", narrow, *few[:-1]).stdout
+    assert "top-1 agreement 100.0%" in shown and "(dense " in shown
+    other = make_checkpoint(tmp_path / "other", "llama", vocab_size=128)
+    (other / "tokenizer.json").write_bytes((narrow / "tokenizer.json").read_bytes())
+    done = run("evaluate", tmp_path / "onnx", "--against", other, *few, code=2)
+    assert "different vocabularies" in done.stderr
+
+
 # export
 
 
