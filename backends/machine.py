@@ -194,13 +194,18 @@ def write_decoder(folder: Path, size: tuple[int, int, int, int]) -> Path:
         **pattern, "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads,
         "num_key_value_heads": heads // 2, "head_dim": hidden // heads, "num_hidden_layers": layers,
     }  # fmt: skip
+    write_random(folder, config)
+    return folder
+
+
+def write_random(folder: Path, config: dict[str, Any]) -> None:
+    """Write a checkpoint of a config with random weights."""
     random = torch.Generator().manual_seed(0)
     with CheckpointWriter(folder, config) as writer:
         for name, shape in expected_tensors(resolve_model(config, None)).items():
             values = torch.randn(shape, generator=random) * 0.02
             writer.add(name, values if len(shape) > 1 else values + 1)
         writer.finish()
-    return folder
 
 
 def measure_decoders(threads: int | None) -> list[Sample]:

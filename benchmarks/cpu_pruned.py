@@ -24,6 +24,7 @@ import torch
 from cpu_peers import PEERS, Place, build_folder, build_ours
 from synthetic import make_config, make_windows, write_model
 
+from backends.machine import write_random
 from cli.budget import make_goal
 from cli.console import Console
 from cli.request import BenchPlan
@@ -34,7 +35,7 @@ from compress.pipeline import Task, compress_checkpoint, find_units
 from compress.plan import describe_counts
 from compress.recipe import Recipe
 from compress.shapes import ModelShape
-from compress.spec import expected_tensors, resolve_model
+from compress.spec import resolve_model
 from compress.surgery.describe import new_config
 from compress.trials import Bench, search_plan
 from compress.weights import read_spec
@@ -55,16 +56,6 @@ def share_config(layers: int, keep: float) -> dict[str, Any]:
     each = keep * total / left / hidden - 2 * (query + groups) * size
     sizes = {"hidden_size": hidden, "num_hidden_layers": left, "intermediate_size": STEP * round(each / 3 / STEP)}
     return {**config, **sizes, "num_attention_heads": query, "num_key_value_heads": groups}
-
-
-def write_random(folder: Path, config: dict[str, Any]) -> None:
-    """Write a checkpoint with random weights."""
-    random = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder, config) as writer:
-        for name, shape in expected_tensors(resolve_model(config, None)).items():
-            values = torch.randn(shape, generator=random) * 0.02
-            writer.add(name, values if len(shape) > 1 else values + 1)
-        writer.finish()
 
 
 def write_planned(dense: Path, folder: Path, keep: float) -> None:
