@@ -44,6 +44,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({error}); export the folder again.") from error
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_builds(folder: Path, graphs: Sequence[str]) -> list[Build]:
     """Return the atc commands that build.json, or else build_om.sh, holds for the graphs of a folder.
 

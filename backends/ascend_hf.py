@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.ascend_build import TARGET_FILE
+from backends.ascend_build import TARGET_FILE, write_json
 from backends.ascend_format import (
     ASCEND,
     DESCRIPTION,
@@ -374,11 +374,6 @@ def add_scheme(work: Work, folder: Path) -> None:
     head = module_name(work.spec.family.model["head"].name)
     scheme = describe_compressed(LAYOUTS[work.request.quantisation].kind, [head, *ignored])
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": scheme})
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def write_readme(work: Work, report: HfReport) -> str:

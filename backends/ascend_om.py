@@ -6,21 +6,21 @@ the folder share. The graphs are described in `backends.om_graph`, the texts bes
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from onnx import TensorProto
 
 from backends import om_runner
+from backends.ascend_build import write_json
 from backends.ascend_rules import Chip, find_chip, load_rules, require_soc, settle_soc
-from backends.export_onnx import GRAPH_ROOM, read_blocks, read_generation
+from backends.export_onnx import GRAPH_ROOM, read_generation
 from backends.om_build import (
     BUILD,
     CONTRACT,
@@ -334,7 +334,7 @@ def store_model(
 def store_end(graph: OmGraph, checkpoint: Checkpoint, names: tuple[str, str], half: HalfCheck) -> str:
     """Copy a matrix `[vocab, hidden]` to the data file, a block of rows in memory; `names`: stored, in the graph."""
     rows, width = checkpoint.tensors[names[0]].shape
-    blocks = (half.check(names[0], block) for block in read_blocks(checkpoint, names[0], torch.float32))
+    blocks = (half.check(names[0], block) for block in checkpoint.read_blocks(names[0], torch.float32))
     return graph.store_blocks(names[1], (rows, width), blocks)
 
 
@@ -413,11 +413,6 @@ def write_texts(
     for name in (SCRIPT, RUNNER):
         (work / name).chmod(0o755)
     (work / README).write_text(write_readme(plan, notes), encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # The folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from backends.onnx_fused import (
     store_fused,
     store_quantised,
 )
-from backends.onnx_graph import BLOCK_BYTES, ELEMENT_TYPES, GRAPH_FILE, GraphBuilder
+from backends.onnx_graph import ELEMENT_TYPES, GRAPH_FILE, GraphBuilder
 from backends.onnx_layers import emit_capped, emit_frame, emit_layer, emit_norm, emit_scaled, store_layer
 from backends.ort import KEEP
 from compress.checkpoint import Checkpoint
@@ -241,15 +241,7 @@ def declare_interface(graph: GraphBuilder, spec: ModelSpec, fused: bool = False)
 def store_matrix(graph: GraphBuilder, checkpoint: Checkpoint, stored: str, name: str) -> str:
     """Copy a matrix `[vocab, hidden]` into the data file as it lies, a block of rows in memory."""
     rows, width = checkpoint.tensors[stored].shape
-    return graph.store_blocks(name, (rows, width), read_blocks(checkpoint, stored, graph.dtype))
-
-
-def read_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield a stored matrix as blocks of its rows."""
-    rows, width = checkpoint.tensors[name].shape
-    step = max(BLOCK_BYTES // (width * dtype.itemsize), 1)
-    for start in range(0, rows, step):
-        yield checkpoint.read_slice(name, start, min(start + step, rows), dtype)
+    return graph.store_blocks(name, (rows, width), checkpoint.read_blocks(stored, graph.dtype))
 
 
 def emit_embedding(graph: GraphBuilder, spec: ModelSpec, matrix: str) -> str:

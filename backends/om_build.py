@@ -13,7 +13,7 @@ from compress.spec import ModelSpec
 BUILD, CONTRACT, SCRIPT, RUNNER, README = "build.json", "io.json", "build_om.sh", "run_om.py", "README.md"
 KEPT, MIXED_LIST = "keep_dtype.cfg", "mixlist.json"
 FORMAT = 1  # of build.json and io.json
-MIXED, FORCED, ORIGIN = "mixed_float16", "fp16", "origin"
+MIXED, ORIGIN = "mixed_float16", "origin"
 NEW, ALL = "S", "C+S"  # how io.json writes the axes that follow the gear
 GRAPH = "model"
 # ONNX's operator -> CANN's, for the black list of mixed precision (operators known on every chip), and the square that

@@ -9,11 +9,12 @@ from typing import Any, BinaryIO
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from compress.checkpoint import BLOCK_BYTES
+
 GRAPH_FILE = "model.onnx"
 OPSET = 18  # the newest that Ascend's ATC reads
 IR_VERSION = 8  # the one that came with opset 18
 ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE}
-BLOCK_BYTES = 8 * 2**20  # scratch memory of one write
 PAGE = 4096  # big tensors start on a page, so that runtimes map them instead of copying
 CACHE_LINE = 64
 PAGED_FROM = 2**20  # bytes from which padding to a page costs nothing worth mentioning

@@ -29,6 +29,8 @@ from compress.checkpoint_source import (
 )
 from compress.errors import UserError
 
+BLOCK_BYTES = 8 * 2**20  # of a matrix that is worked on row by row
+
 __all__ = ["Checkpoint", "TensorInfo", "check_finite", "open_checkpoint"]
 
 STEP = 8 * 2**20  # values per cast or check, which bounds the scratch memory
@@ -84,6 +86,13 @@ class Checkpoint:
         with FileIO(info.file) as stream:
             values = _read_values(stream, info, start * width, stop * width, dtype)
         return values.view(stop - start, *info.shape[1:])
+
+    def read_blocks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield a stored matrix as blocks of its rows, each of BLOCK_BYTES at most or one row."""
+        rows, width = self.tensors[name].shape
+        step = max(BLOCK_BYTES // (width * dtype.itemsize), 1)
+        for start in range(0, rows, step):
+            yield self.read_slice(name, start, min(start + step, rows), dtype)
 
     def side_files(self) -> list[Path]:
         """Return the tokenizer, template and generation files of the model; never weights, code or pickles."""

@@ -17,7 +17,6 @@ from cli.console import Console
 from cli.weights import choose_format, list_formats, predict_speed
 from compress.checkpoint import open_checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
-from compress.quantize import ends
 from compress.quantize.blocks import Quantised
 from compress.quantize.ends import Divergence, Sensitivity, choose_bits, quantise_matrix, split_windows
 from compress.quantize.stream import HALVES, METHODS, LayerQuantiser, WeightForm
@@ -97,7 +96,7 @@ def test_divergence_in_blocks_equals_the_slow_one() -> None:
 def test_matrix_in_blocks_equals_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "m", "llama"))
     name = read_spec(checkpoint).names["head"]
-    monkeypatch.setattr(ends, "BLOCK_VALUES", 7 * 48)
+    monkeypatch.setattr("compress.checkpoint.BLOCK_BYTES", 4 * 7 * 48)
     for form in (WeightForm(8, 16, True, "nearest"), WeightForm(4, 32, False, "search")):
         found = quantise_matrix(checkpoint, name, form.quantise)
         whole = form.quantise(checkpoint.read_one(name, torch.float32))

@@ -9,7 +9,7 @@ divergence is the sensitivity, as in the mixed precision of HAWQ and ZeroQ).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ HIGH, LOW = 8, 4
 HEAD_PRICE, EMBEDDING_PRICE = 1.0, 0.1  # of what the layers pay for a byte
 HELD_TOKENS = 1024  # enough to tell divergences apart; the head sees each of them four times
 HELD_SHARE = 8  # at most one window in so many is held out
-BLOCK_VALUES = 1 << 21  # values of a matrix that are float32 at once
 Quantise = Callable[[Tensor], Quantised]
 
 
@@ -91,17 +90,9 @@ def fill_quantised(
 # Matrices, block by block
 
 
-def read_blocks(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """Yield a stored matrix as float32 blocks of its rows."""
-    rows, width = checkpoint.tensors[name].shape
-    step = max(BLOCK_VALUES // width, 1)
-    for start in range(0, rows, step):
-        yield checkpoint.read_slice(name, start, min(start + step, rows), torch.float32)
-
-
 def quantise_matrix(checkpoint: Checkpoint, name: str, quantise: Quantise) -> Quantised:
     """Quantise a stored matrix with a block of its rows in float32 at a time; `quantise` must treat rows apart."""
-    pieces = (quantise(block) for block in read_blocks(checkpoint, name))
+    pieces = (quantise(block) for block in checkpoint.read_blocks(name, torch.float32))
     return stack_rows(pieces, checkpoint.tensors[name].shape[0])
 
 
@@ -164,7 +155,7 @@ def measure_ends(
     norm = checkpoint.read_one(spec.names["final_norm"], torch.float32)
     streams, start = trial.read(), 0
     layers, head, embedding = (Divergence(len(streams[0])) for _ in range(3))
-    for exact in read_blocks(checkpoint, spec.names["head"]):
+    for exact in checkpoint.read_blocks(spec.names["head"], torch.float32):
         small = slice_rows(low, start, start + len(exact)).dequantise()
         rounded = high(exact).dequantise()
         logits = compute_all(spec, norm, streams, (exact, rounded, small))
