@@ -146,7 +146,6 @@ def load_eager(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
 def load_placed(checkpoint: Checkpoint, spec: ModelSpec, place: Place) -> EagerModel:
     """Load all weights of a checkpoint to a place; UserError for a weight above the range of its number format."""
     tied = spec.shares_ends
-    tied = spec.shares_ends
     names = ("embed", "final_norm", *(() if tied else ("head",)))
     read = {name: checkpoint.read_one(spec.names[name], place.dtype) for name in names}
     ends = put_weights(checkpoint, read, place)

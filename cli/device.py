@@ -54,7 +54,7 @@ def compare_on(device: str, sources: tuple[str, str | None], text: tuple[Path, R
     """Measure quality of the first source, against the second if there is one."""
     from backends.eager import compare_placed, measure_placed
     from cli import measure
-    from cli.compare import open_models
+    from cli.quality import open_models
     from compress.text import load_tokenizer, read_windows
 
     models, recipe = open_models(sources), text[1]
@@ -99,7 +99,7 @@ def time_on(device: str, sources: tuple[str, str | None], size: BenchSize, conso
     from backends.eager import read_peak_memory
     from backends.runtime import measure_all
     from cli import measure
-    from cli.compare import open_models
+    from cli.quality import open_models
 
     models = open_models(sources)
     size = measure.fit_size(size, models)

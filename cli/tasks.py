@@ -15,10 +15,10 @@ from backends.genai import GENAI_NAME
 from backends.harness import TaskRequest, find_tasks, score_harness_tasks
 from backends.likelihood import TextModel
 from backends.tasks import TaskFile, TaskScore, read_choices, read_pairs, score_task
-from cli.compare import evaluate_folders
 from cli.console import Console, RunFailure, align_table
 from cli.graphs import evaluate_graphs
 from cli.measure import limit_threads
+from cli.quality import evaluate_folders
 from cli.render import format_share, render_comparison
 from cli.stream import (
     AUTO,

@@ -32,9 +32,9 @@ from backends.eager import (
 )
 from backends.npu import FUSED, NORM, PROMPT, ROTARY, STEP, Case, Probe
 from cli import device
-from cli.compare import evaluate_folders
 from cli.console import Console, RunFailure
 from cli.options import read_recipe
+from cli.quality import evaluate_folders
 from cli.request import BenchPlan, BenchSize
 from compress.checkpoint import open_checkpoint
 from compress.decoder import Kernels, mix_values, rms_norm, rotate_heads
