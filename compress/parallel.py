@@ -33,7 +33,7 @@ class Group:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-    """x"""
+        """Return which of `count` things are this process's; the first processes take what is over."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
@@ -45,7 +45,7 @@ class Group:
                 torch.distributed.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every process gave, in the order of ranks, in every process (plain values: torch pickles them)."""
+        """Return what every process gave, by rank, in every process (plain values: torch pickles them)."""
         if self.size == 1:
             return [value]
         found = [None] * self.size
