@@ -16,18 +16,23 @@ endef
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench clean help check-python
+.PHONY: demo test test-browser lint bench clean help check-python
 .NOTPARALLEL: # two pip runs in one environment break each other
 
 help: ## list the targets
 	@echo "Lightpress: make TARGET [PYTHON=python3.11]"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-8s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.ready-demo ## compress the shipped demo checkpoint and print dense against compressed
 	$(BIN)/lightpress demo
 
 test: $(VENV)/.ready-test ## run the tests
 	$(BIN)/pytest tests
+
+test-browser: $(VENV)/.ready-browser ## test the report in headless Chromium
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || { echo "There is no Chromium here: install your system's (Debian: apt-get install chromium), then try again." >&2; exit 1; }
+	$(BIN)/pytest tests/test_page.py
 
 lint: $(VENV)/.ready-lint ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -60,7 +65,8 @@ $(VENV)/.ready-torch: constraints.txt | check-python
 $(VENV)/.ready-demo: EXTRAS :=
 $(VENV)/.ready-test: EXTRAS := [test]
 $(VENV)/.ready-lint: EXTRAS := [dev]
-$(VENV)/.ready-demo $(VENV)/.ready-test $(VENV)/.ready-lint: $(VENV)/.ready-torch pyproject.toml constraints.txt
+$(VENV)/.ready-browser: EXTRAS := [browser]
+$(VENV)/.ready-demo $(VENV)/.ready-test $(VENV)/.ready-browser $(VENV)/.ready-lint: $(VENV)/.ready-torch pyproject.toml constraints.txt
 	@rm -f $@
 	@echo "==> set-up 2/2: lightpress$(EXTRAS) and what it needs"
 	$(PIP) install -c constraints.txt -e ".$(EXTRAS)"

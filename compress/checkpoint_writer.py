@@ -302,3 +302,14 @@ def _explain_os_error(folder: Path, error: OSError) -> UserError:
         return UserError(f"The disk of {folder} is full, so nothing was kept; free some space or choose another one.")
     reason = error.strerror or type(error).__name__
     return UserError(f"{folder} cannot be written ({reason}); choose another output folder or change its permissions.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file beside its place, put it on the disk itself, and move it into place by one rename."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        sync_path(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

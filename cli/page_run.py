@@ -1,0 +1,103 @@
+"""The report of one `compress`: its result as a frontier of two points, dense and the model that was made."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.report import Comparison, DeviceReport, LayerRow, Metrics, RunReport
+from compress.report_frontier import DENSE, CurveRow, Frontier, Interval, Point, PointSpeed
+
+REPORT_NAME = "report.html"
+DECODE, PREFILL = "decode", "prefill"
+
+
+def pair_run(report: RunReport, source: str, command: str, manifest: Mapping[str, Any]) -> Frontier | None:
+    """Return dense and compressed as a frontier, or None where quality was not measured.
+
+    `manifest`: of the written folder; its recipe names the point, its metrics are in the report.
+    """
+    comparison, plan = report.comparison, report.plan
+    dense, other = comparison.dense, comparison.compressed
+    if dense is None or dense.perplexity is None or other.perplexity is None:
+        return None
+    full = tuple(
+        LayerRow(layer, plan.dense_layer.query_heads, plan.dense_layer.kv_groups, plan.dense_layer.ffn)
+        for layer in range(len(plan.layers) + len(plan.dropped_layers))
+    )
+    speeds = [pair_speeds(plan.device, comparison, side) for side in (False, True)]
+    graph, curve = report.graph_format or "checkpoint", read_curve(report.output)
+    points = (
+        make_point((DENSE, 1.0), full, (dense, speeds[0]), plan.dense_hidden, "checkpoint"),
+        make_point(
+            (f"keep {plan.kept_fraction:.2f}", plan.kept_fraction), plan.layers, (other, speeds[1]), plan.hidden, graph,
+            curve, command,
+        ),
+    )  # fmt: skip
+    notes = tuple(note for note in (comparison.speed_note,) if note)
+    return Frontier(
+        source, f"{Path(source).name or source}, compressed", points, {}, comparison.quality_note, notes,
+        manifest=dict(manifest), seconds=sum(report.seconds.values()),
+    )  # fmt: skip
+
+
+def make_point(
+    named: tuple[str, float], layers: tuple[LayerRow, ...], found: tuple[Metrics, Mapping[str, PointSpeed]],
+    hidden: int, graph: str, curve: tuple[CurveRow, ...] = (), command: str = "",
+) -> Point:  # fmt: skip
+    """Return one side of a comparison as a point."""
+    metrics, speeds = found
+    assert metrics.perplexity is not None
+    return Point(
+        named[0], named[1], graph, curve[-1].tokens if curve else 0, layers, hidden, metrics.parameters, metrics.bytes,
+        Interval(metrics.perplexity), measured(metrics.divergence), measured(metrics.agreement), speeds,
+        {name: Interval(value) for name, value in metrics.accuracy.items()}, curve=curve, command=command,
+    )  # fmt: skip
+
+
+def measured(value: float | None) -> Interval | None:
+    """Return a number without an interval, or None where there is none."""
+    return None if value is None else Interval(value)
+
+
+def pair_speeds(device: DeviceReport | None, comparison: Comparison, after: bool) -> dict[str, PointSpeed]:
+    """Return the measured speeds of one side on this machine, and what the profile predicts of it."""
+    side, dense = (comparison.compressed if after else comparison.dense), comparison.dense
+    assert side is not None and dense is not None
+    rates = {
+        f"this machine, {PREFILL}": (PREFILL, side.prefill_tokens_per_s, dense.prefill_tokens_per_s),
+        f"this machine, {DECODE}": (DECODE, side.decode_tokens_per_s, dense.decode_tokens_per_s),
+    }
+    found = {
+        name: PointSpeed(name, work, True, own, own / base, {}, 0.0)
+        for name, (work, own, base) in rates.items() if own is not None and base
+    }  # fmt: skip
+    if device is not None:
+        found[device.profile] = predict_speed(device, after)
+    return found
+
+
+def predict_speed(device: DeviceReport, after: bool) -> PointSpeed:
+    """Return what a profile predicts of one side."""
+    rate, seconds = (
+        (device.tokens_per_s, device.seconds) if after else (device.dense_tokens_per_s, device.dense_seconds)
+    )
+    return PointSpeed(
+        device.profile, device.workload, False, rate, device.speedup if after else 1.0, seconds,
+        device.bytes if after else device.dense_bytes,
+    )  # fmt: skip
+
+
+def read_curve(folder: Path) -> tuple[CurveRow, ...]:
+    """Return the loss curve beside a recovered model; empty without one."""
+    path = folder / "recovery.csv"
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return tuple(
+        CurveRow(int(row["tokens"]), float(row["loss"]), float(row["heldout"]) if row["heldout"] else None)
+        for row in rows
+    )
