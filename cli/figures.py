@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ def number(name: str, title: str, shown: str = ",.4~g", **rest: Any) -> Row:
     return field(name, "quantitative", title, format=shown, **rest)
 
 
+def name_figure(kind: str, profile: str) -> str:
+    """Return a name that is also a file's."""
+    return f"{kind}-" + re.sub(r"[^A-Za-z0-9._]+", "-", profile).strip("-")
+
+
 def order_names(frontier: Frontier) -> list[str]:
     """Return the names of the points in the order in which they are listed."""
     return [point.name for point in frontier.points]
@@ -126,7 +132,7 @@ def draw_frontier(frontier: Frontier, profile: str) -> Figure:
     alt = f"Perplexity against {rows[0]['source']} tokens per second on {profile}, for " + ", ".join(
         f"{row['point']} ({row['tokens_per_s']:,.4g} tokens/s, perplexity {row['perplexity']:.4g})" for row in rows
     )
-    return Figure(f"frontier-{profile}", "frontier", title, alt, make_spec(rows, HEIGHT, layer=layers))
+    return Figure(name_figure("frontier", profile), "frontier", title, alt, make_spec(rows, HEIGHT, layer=layers))
 
 
 def describe_point(frontier: Frontier, point: Point, speed: PointSpeed) -> Row:
@@ -263,11 +269,11 @@ def draw_time(frontier: Frontier, profile: str) -> list[Figure]:
             "color": colour("operation", "operation", rows), "tooltip": hover,
         },
     )  # fmt: skip
-    totals = {name: sum(row["milliseconds"] for row in rows if row["point"] == name) for name in order_names(frontier)}
+    totals = {point.name: 1000 * sum(point.speeds[profile].seconds.values()) for point in frontier.points}
     alt = f"Predicted time by class of operation on {profile}: " + ", ".join(
         f"{name} {total:.3g} ms" for name, total in totals.items()
     )
-    return [Figure(f"time-{profile}", "time", f"Where the time goes on {profile}", alt, spec)]
+    return [Figure(name_figure("time", profile), "time", f"Where the time goes on {profile}", alt, spec)]
 
 
 def draw_memory(frontier: Frontier, profile: str) -> Figure:
@@ -286,7 +292,7 @@ def draw_memory(frontier: Frontier, profile: str) -> Figure:
         },
     )  # fmt: skip
     alt = f"Predicted memory on {profile}: " + ", ".join(f"{row['point']} {row['mebibytes']:.4g} MiB" for row in rows)
-    return Figure(f"memory-{profile}", "memory", f"Memory on {profile}", alt, spec)
+    return Figure(name_figure("memory", profile), "memory", f"Memory on {profile}", alt, spec)
 
 
 # Damage and recovery
@@ -338,7 +344,7 @@ def draw_recovery(frontier: Frontier) -> list[Figure]:
             "strokeDash": {"field": "kind", "type": "nominal", "scale": {"domain": kinds}, "legend": {"orient": "top"}},
         },
     )  # fmt: skip
-    trained = list(dict.fromkeys(row["point"] for row in rows))
+    trained = [point.name for point in frontier.points if point.curve]
     alt = f"Loss by tokens trained on, of {', '.join(trained)}"
     return [Figure("recovery", "recovery", "Training back", alt, spec)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +30,28 @@ def pair_run(report: RunReport, source: str, command: str, manifest: Mapping[str
     )
     speeds = [pair_speeds(plan.device, comparison, side) for side in (False, True)]
     graph, curve = report.graph_format or "checkpoint", read_curve(report.output)
-    points = (
-        make_point((DENSE, 1.0), full, (dense, speeds[0]), plan.dense_hidden, "checkpoint"),
-        make_point(
-            (f"keep {plan.kept_fraction:.2f}", plan.kept_fraction), plan.layers, (other, speeds[1]), plan.hidden, graph,
-            curve, command,
-        ),
-    )  # fmt: skip
+    first = make_point((DENSE, 1.0), dense, speeds[0], full, plan.dense_hidden)
+    kept = plan.kept_fraction
+    second = make_point((f"keep {kept:.2f}", kept), other, speeds[1], plan.layers, plan.hidden)
+    tokens = curve[-1].tokens if curve else 0
+    second = replace(second, format=graph, recovered_tokens=tokens, curve=curve, command=command)
     notes = tuple(note for note in (comparison.speed_note,) if note)
     return Frontier(
-        source, f"{Path(source).name or source}, compressed", points, {}, comparison.quality_note, notes,
+        source, f"{Path(source).name or source}, compressed", (first, second), {}, comparison.quality_note, notes,
         manifest=dict(manifest), seconds=sum(report.seconds.values()),
     )  # fmt: skip
 
 
 def make_point(
-    named: tuple[str, float], layers: tuple[LayerRow, ...], found: tuple[Metrics, Mapping[str, PointSpeed]],
-    hidden: int, graph: str, curve: tuple[CurveRow, ...] = (), command: str = "",
+    named: tuple[str, float], metrics: Metrics, speeds: Mapping[str, PointSpeed], layers: tuple[LayerRow, ...],
+    hidden: int,
 ) -> Point:  # fmt: skip
-    """Return one side of a comparison as a point."""
-    metrics, speeds = found
+    """Return one side of a comparison as a point; `named`: its name and what it keeps."""
     assert metrics.perplexity is not None
     return Point(
-        named[0], named[1], graph, curve[-1].tokens if curve else 0, layers, hidden, metrics.parameters, metrics.bytes,
-        Interval(metrics.perplexity), measured(metrics.divergence), measured(metrics.agreement), speeds,
-        {name: Interval(value) for name, value in metrics.accuracy.items()}, curve=curve, command=command,
+        *named, "checkpoint", 0, layers, hidden, metrics.parameters, metrics.bytes, Interval(metrics.perplexity),
+        measured(metrics.divergence), measured(metrics.agreement), speeds,
+        {name: Interval(value) for name, value in metrics.accuracy.items()},
     )  # fmt: skip
 
 
