@@ -12,6 +12,8 @@ HALF, FLOAT, DOUBLE = 2, 4, 8
 # Passes over the text in units of one dense forward pass: scoring, selection and probes, both streams, solves
 # (benchmarks/cost.py: 4.7 for a large model), and what refining and trying plans adds on a small one.
 PASSES, SMALL_PASSES = 5.0, 40.0
+TRAINING_SLOWNESS = 2.0
+STATES = 3  # of a training run on disk: the last two, and one being written
 # Interpreter, torch and its libraries, measured on Linux; the rest of the estimate is about the model.
 BASE_BYTES = 350 * 2**20
 SMALL_FILES = 16 * 2**20  # tokenizer, configuration, manifest, graph without weights
@@ -62,6 +64,21 @@ def estimate_seconds(shape: ModelShape, recipe: Recipe) -> float:
     tokens = recipe.windows * recipe.length
     passes = SMALL_PASSES if may_refine(shape, recipe) else PASSES
     return passes * 2 * tokens * shape.layer_parameters / measure_flops()
+
+
+def estimate_training(parameters: int, stored: int, kept: int, ema: bool = False) -> tuple[int, int]:
+    """Return bytes of memory and of disk for training all of a model's `parameters` in float32.
+
+    In memory are weights, gradients, two moments (and a running mean, with `ema`), and what the backward pass has
+    `kept`; on disk the saved states and the `stored` bytes of the written model.
+    """
+    weights = FLOAT * parameters
+    return kept + (4 + ema) * weights, stored + STATES * (3 + ema) * weights
+
+
+def estimate_recovery(student: int, teacher: int, tokens: float) -> float:
+    """Return about the seconds of training a model of `student` parameters here with one of `teacher` beside it."""
+    return TRAINING_SLOWNESS * (6 * student + 2 * teacher) * tokens / measure_flops()
 
 
 def measure_flops(size: int = 768) -> float:

@@ -11,13 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.request import Recovery
 from compress.errors import UserError
 from compress.recipe import AXES, Recipe, flag, merge_recipe
 
 BUDGET, DEVICE, SCORES, SURGERY, REPAIR = "Budget and shape", "Device", "Scores", "Surgery", "Repair"
 TEXT, OUTPUT = "Text", "Output"
 WEIGHTS, ASCEND = "Weights", "Ascend"
-PANELS = ("Arguments", BUDGET, DEVICE, SCORES, SURGERY, REPAIR, WEIGHTS, ASCEND, TEXT, OUTPUT, "Options")
+CURRICULUM, ROUNDS = "Curriculum", "On-policy rounds"
+PANELS = ("Arguments", BUDGET, DEVICE, SCORES, SURGERY, REPAIR, CURRICULUM, ROUNDS, WEIGHTS, ASCEND, TEXT, OUTPUT,
+          "Options")  # fmt: skip
 # What each key of a recipe says in the help, under which heading.
 HELP: Mapping[str, Mapping[str, str]] = {
     BUDGET: {
@@ -94,6 +97,9 @@ USEFUL_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "target": ("repair", ("lstsq", "diagonal", "bias")),
 }
 SWITCHED_OFF = (None, 0, "none")
+# Keys of a recipe file that belong to the training after the rebuild: no part of a Recipe, which is all that planning
+# and rebuilding know.
+RECOVERY_KEYS = ("recover", "recover_text", "recover_offline", "recover_lr")
 
 Flags = dict[str, Any]
 
@@ -180,6 +186,43 @@ AsJson = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.", rich_help_panel=OUTPUT)
 ]
+Recover = Annotated[
+    str | None,
+    typer.Option(
+        "--recover",
+        metavar="TOKENS",
+        help="Then train the result on so many tokens, such as 2M, towards the dense model.",
+        rich_help_panel=REPAIR,
+    ),
+]
+RecoverText = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--recover-text",
+        help="Text for that, as `recover` takes it; without it, what is not kept out of --text. May be repeated.",
+        rich_help_panel=REPAIR,
+    ),
+]
+RecoverOffline = Annotated[
+    bool | None,
+    typer.Option(
+        "--recover-offline/--recover-online",
+        help="Score the text with the dense model once, then train without it in memory. [default: online]",
+        rich_help_panel=REPAIR,
+    ),
+]
+RecoverRate = Annotated[
+    float | None,
+    typer.Option(
+        "--recover-lr", help="Highest learning rate of that. [default: by the model's width]", rich_help_panel=REPAIR
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with the run with --recover that stopped before this output.", rich_help_panel=OUTPUT
+    ),
+]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")]
 
 
@@ -212,7 +255,45 @@ def refuse_idle_flags(recipe: Recipe, flags: Flags) -> None:
 
 def read_recipe(path: Path | None, flags: Flags) -> Recipe:
     """Return the recipe of a YAML file, or of the defaults, overridden by flags that are not None."""
-    return merge_recipe({} if path is None else read_recipe_file(path), flags)
+    file = {} if path is None else read_recipe_file(path)
+    return merge_recipe({name: value for name, value in file.items() if name not in RECOVERY_KEYS}, flags)
+
+
+def settle_recovery(path: Path | None, flags: Flags, resume: bool) -> Recovery | None:
+    """Return the training that flags and a recipe file ask for, None without; UserError for flags without effect."""
+    file = {} if path is None else read_recipe_file(path)
+    found = {name: file.get(name) if flags[name] in (None, []) else flags[name] for name in RECOVERY_KEYS}
+    if found["recover"] is None:
+        idle = [flag(name) for name in RECOVERY_KEYS if found[name] is not None] + ["--resume"] * resume
+        if idle:
+            raise UserError(f"{idle[0]} does nothing without --recover: leave it out, or add --recover TOKENS.")
+        return None
+    texts = found["recover_text"] or []
+    return Recovery(
+        str(check_kind("recover", found["recover"], (str, int, float), "a number of tokens")),
+        tuple(Path(check_kind("recover_text", name, (str, Path), "a file, or a list of files"))
+              for name in (texts if isinstance(texts, list) else [texts])),
+        bool(check_kind("recover_offline", found["recover_offline"] or False, (bool,), "true or false")),
+        read_rate(found["recover_lr"]), resume,
+    )  # fmt: skip
+
+
+def check_kind(name: str, value: Any, kinds: tuple[type, ...], said: str) -> Any:
+    """Return a value of a recipe file; UserError where it is of another kind."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"recipe: '{name}' must be {said}, got {value!r}.")
+    return value
+
+
+def read_rate(value: Any) -> float | None:
+    """Return a learning rate, which YAML reads as text where it has no point (1e-4); UserError for what is none."""
+    try:
+        rate = None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe: 'recover_lr' must be a number, got {value!r}.") from error
+    if rate is not None and not 0 < rate < 1:
+        raise UserError(f"--recover-lr {rate:g} is no learning rate; give a small positive number such as 1e-4.")
+    return rate
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.console import Console
+from cli.distributed import CPU, join_run, open_console
 from cli.request import BenchSize, Request
 
 
@@ -48,7 +48,7 @@ def plan(
         source, options.settle_recipe(recipe, flags, plan_file), text,
         plan=plan_file, export=not no_export, speed=BenchSize(threads=threads),
     )  # fmt: skip
-    with Console(as_json, quiet) as console:
+    with open_console(as_json, quiet) as console, join_run(CPU) as group:
         from cli.run import run_plan
 
-        run_plan(request, output, overwrite, console)
+        run_plan(request, output, overwrite, console, group)

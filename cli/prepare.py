@@ -21,6 +21,7 @@ from compress.checkpoint_writer import check_output, check_space
 from compress.errors import UserError
 from compress.goal import Goal
 from compress.importance import find_score
+from compress.parallel import ALONE, Group
 from compress.pipeline import Task, check_turnable, plan_checkpoint, storage_dtype
 from compress.plan import Plan, keep_everything, plan_shape, read_plan
 from compress.recipe import Recipe
@@ -43,7 +44,10 @@ EVAL_SHARE = 5  # of a text too short for everything, one window in so many is k
 
 @dataclass(frozen=True)
 class Job:
-    """An opened and checked request: the recipe fits the model, a given plan is read, a needed tokenizer is there."""
+    """An opened and checked request: the recipe fits the model, a given plan is read, a needed tokenizer is there.
+
+    `group`: the processes that calibrate together.
+    """
 
     request: Request
     checkpoint: Checkpoint
@@ -53,6 +57,7 @@ class Job:
     plan: Plan | None
     goal: Goal | None = None
     device: Device | None = None
+    group: Group = ALONE
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Texts:
     evaluation: Windows | None
 
 
-def prepare_job(request: Request, console: Console) -> Job:
+def prepare_job(request: Request, console: Console, group: Group = ALONE) -> Job:
     """Check everything that can be checked without running the model; raises UserError."""
     if request.output is not None:
         check_output(request.output, overwrite=request.overwrite)
@@ -82,7 +87,7 @@ def prepare_job(request: Request, console: Console) -> Job:
     goal, device = make_goal(recipe, spec, storage_dtype(checkpoint, spec).itemsize, planned=plan is not None)
     check_goal(goal, recipe, console)
     tokenizer = check_texts(request, checkpoint, recipe)
-    job = Job(request, checkpoint, spec, recipe, tokenizer, plan, goal, device)
+    job = Job(request, checkpoint, spec, recipe, tokenizer, plan, goal, device, group)
     check_runtime(job)
     check_disk(job)
     check_memory(job)
@@ -196,7 +201,9 @@ def writes_ascend(device: Device | None) -> bool:
 def check_memory(job: Job) -> None:
     """Raise UserError where the run would need more memory than this machine has free."""
     itemsize = storage_dtype(job.checkpoint, job.spec).itemsize
-    free, needed = free_memory(), estimate_memory(job.spec.shape, job.recipe, itemsize)
+    share = replace(job.recipe, windows=-(-job.recipe.windows // job.group.size))
+    # Every process of this machine holds a layer and its statistics, and its own part of the hidden states.
+    free, needed = free_memory(), job.group.local * estimate_memory(job.spec.shape, share, itemsize)
     if free is not None and needed > free:
         raise UserError(
             f"Compressing needs about {format_bytes(needed)} of memory, and {format_bytes(free)} are free: give a "
@@ -226,7 +233,10 @@ def gather_texts(job: Job, console: Console) -> Texts:
     count = recipe.windows if evaluation or request.output is None else recipe.windows + EVAL_WINDOWS
     if request.text is None:
         console.note("No --text given: the model samples its own calibration text.")
-        windows = sample_windows(job.checkpoint, job.spec, replace(recipe, windows=count), console.progress)
+        size = replace(recipe, windows=count)
+        first = job.group.first  # the others wait: what is drawn depends on every logit
+        drawn = sample_windows(job.checkpoint, job.spec, size, console.progress) if first else None
+        windows: Windows = job.group.tell(drawn)
     else:
         config = dict(job.spec.config)
         windows = read_windows(request.text, job.tokenizer, config, (count, recipe.length), recipe.field)
@@ -274,7 +284,8 @@ def decide_plan(job: Job, windows: Windows, console: Console) -> Plan:
     """Return the plan of a file, or make one; raises UserError when no stock configuration takes its shape."""
     plan = job.plan
     if plan is None:
-        plan = plan_checkpoint(Task(job.checkpoint, job.spec, windows, job.recipe, job.goal), console.progress)
+        task = Task(job.checkpoint, job.spec, windows, job.recipe, job.goal, job.group)
+        plan = plan_checkpoint(task, console.progress)
         new_config(job.spec, plan, job.recipe)
     warn_tokens(job, plan, windows, console)
     return plan

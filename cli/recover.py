@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import curriculum as order
 from cli import options
-from cli.console import Console
+from cli.distributed import CPU, DeviceOption, join_run, open_console, speak_once
 from compress.errors import UserError
 
 LOSS, RUN = options.REPAIR, options.OUTPUT
+ROUNDS = options.ROUNDS
+ROUND_FLAGS = ("policy_share", "temperature", "top_p", "answer_tokens")
 # With --merge nothing is trained: only these flags count beside it.
 MERGE_FLAGS = ("student", "output", "merge", "merge_rate", "overwrite", "no_verify", "threads", "as_json", "quiet")
 
@@ -34,6 +37,13 @@ EvalText = Annotated[
 ]
 Field = Annotated[
     str, typer.Option("--field", help="Field of a .jsonl file that holds the text.", rich_help_panel=options.TEXT)
+]
+Plain = Annotated[
+    bool,
+    typer.Option(
+        "--plain", help="Prompts with answers stay as they are, without the chat template.",
+        rich_help_panel=options.TEXT,
+    ),
 ]
 Tokens = Annotated[str, typer.Option("--tokens", help="Tokens to train on, such as 500k or 20M.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Rows in one batch.")]
@@ -82,6 +92,38 @@ Cache = Annotated[
     Path | None,
     typer.Option("--cache", help="Where --offline keeps its scores for other runs.", rich_help_panel=LOSS),
 ]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        "--rounds", min=0, help="After the text: rounds in which the student answers its prompts and learns from that.",
+        rich_help_panel=ROUNDS,
+    ),
+]
+PolicyShare = Annotated[
+    float | None,
+    typer.Option(
+        "--policy-share", help="Share of --tokens that --rounds train on. [default: 0.5]", rich_help_panel=ROUNDS
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", help="Of the student's answers; 0: its likeliest tokens. [default: 1]", rich_help_panel=ROUNDS
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", help="Draw from the likeliest tokens that reach this probability. [default: 1]",
+        rich_help_panel=ROUNDS,
+    ),
+]
+AnswerTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--answer-tokens", min=1, help="Longest answer. [default: half of --length]", rich_help_panel=ROUNDS
+    ),
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16; masters stay float32.")]
 Checkpointing = Annotated[
     bool | None,
@@ -129,10 +171,12 @@ def recover(
     text: Text = None,
     eval_text: EvalText = None,
     field: Field = "text",
+    plain: Plain = False,
+    curriculum: order.Kind = None,
+    difficulty: order.Measure = None,
+    label: order.Label = None, label_order: order.LabelOrder = None,
     tokens: Tokens = "1M",
-    batch: Batch = 8,
-    length: Length = 256,
-    accumulate: Accumulate = 1,
+    batch: Batch = 8, length: Length = 256, accumulate: Accumulate = 1,
     rate: Rate = None,
     schedule: Schedule = "cosine",
     warmup: Warmup = None,
@@ -140,38 +184,43 @@ def recover(
     clip: Clip = 1.0,
     ema: Ema = 0.0,
     lora: Lora = None,
-    loss: Loss = "kl",
-    alpha: Alpha = None,
+    loss: Loss = "kl", alpha: Alpha = None,
     match: Match = None,
     offline: Offline = False,
     cache: Cache = None,
+    rounds: Rounds = 0,
+    policy_share: PolicyShare = None,
+    temperature: Temperature = None, top_p: TopP = None, answer_tokens: AnswerTokens = None,
     bf16: Bf16 = False,
     checkpointing: Checkpointing = None,
     seed: Seed = 0,
+    device: DeviceOption = CPU,
     eval_steps: EvalSteps = 100,
-    save_minutes: SaveMinutes = 10.0,
-    save_steps: SaveSteps = None,
+    save_minutes: SaveMinutes = 10.0, save_steps: SaveSteps = None,
     resume: Resume = False,
-    merge: Merge = None,
-    merge_rate: MergeRate = None,
+    merge: Merge = None, merge_rate: MergeRate = None,
     no_verify: NoVerify = False,
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a cut model back: distillation from the dense model, or training on text.
 
     Example: lightpress recover ./model-70 --teacher ./model --text notes.txt --tokens 2M -o ./model-70-trained
     """
     asked = dict(context.params)
-    refuse_idle(context, asked)
-    with Console(as_json, quiet) as console:
-        if merge:
-            from cli.trained import run_merge as run
-        else:
-            from cli.training import run_recover as run
-        console.finish(run(asked, console))
+    with speak_once():
+        refuse_idle(context, asked)
+    with open_console(as_json, quiet) as console, join_run(device) as group:
+        if not merge:
+            from cli.training import run_recover
+
+            console.finish(run_recover(asked, console, group))
+        elif group.first:
+            from cli.trained import run_merge
+
+            console.finish(run_merge(asked, console))
 
 
 def refuse_idle(context: Any, asked: dict[str, Any]) -> None:
@@ -186,12 +235,22 @@ def refuse_idle(context: Any, asked: dict[str, Any]) -> None:
     if asked["merge_rate"] is not None:
         raise UserError("--merge-rate does nothing without --merge: leave it out, or name checkpoints to merge.")
     if not asked["text"]:
-        raise UserError("Training needs text: give --text FILE (.txt or .jsonl); more than one may be given.")
+        raise UserError("Training needs text: give --text FILE (.txt, .jsonl, .parquet); more than one may be given.")
+    order.refuse_idle_order(asked)
+    if not asked["rounds"]:
+        idle = [name for name in ROUND_FLAGS if asked[name] is not None]
+        if idle:
+            raise UserError(f"{flags[idle[0]]} does nothing without --rounds: leave it out, or add --rounds 2.")
     refuse_untaught(asked)
 
 
 def refuse_untaught(asked: dict[str, Any]) -> None:
     """Raise UserError where the loss and the flags about the teacher do not fit."""
+    if asked["rounds"] and asked["loss"] == "ce":
+        raise UserError(
+            "--rounds with --loss ce would teach the student what it says anyway: give --teacher FOLDER with --loss kl "
+            "or mix, or leave --rounds out."
+        )
     taught = asked["loss"] != "ce" or asked["match"]
     if taught and asked["teacher"] is None:
         raise UserError(

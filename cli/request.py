@@ -33,6 +33,20 @@ class BenchPlan:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """Training after the rebuild: on how many tokens, such as `2M`, of which files (none: calibration text), and how.
+
+    `rate`: highest learning rate (None: as `recover` chooses it). `resume`: go on with the run that stopped.
+    """
+
+    tokens: str
+    texts: tuple[Path, ...] = ()
+    offline: bool = False
+    rate: float | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """One `compress` or `plan`: what to read, how, and which later stages to run."""
 
@@ -47,3 +61,4 @@ class Request:
     verify: bool = True
     bench: bool = True
     speed: BenchSize = BenchSize()
+    recovery: Recovery | None = None

@@ -11,9 +11,9 @@ import torch
 
 from backends.verify import verify_folder
 from cli.console import Console, RunFailure
+from cli.manifest import encode_manifest
 from cli.measure import Model, limit_threads
 from cli.prepare import check_writable
-from cli.run import encode_manifest
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter, check_space
 from compress.errors import UserError

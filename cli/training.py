@@ -2,106 +2,81 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from cli.console import Console, format_bytes
-from cli.estimate import free_memory
+from cli.console import Console
+from cli.curriculum import settle_order
 from cli.measure import limit_threads
-from cli.training_job import ACTIVATION_BYTES, Job, describe_job, prepare
+from cli.training_job import ACTIVATION_BYTES, Job, Lesson, describe_job, prepare
+from cli.training_lessons import open_lesson, score_material, take_text
 from cli.training_output import describe_run, show_result, write_student
-from cli.training_watch import advise_resume, evaluate, resume_run, train_all
-from compress.checkpoint_writer import check_space
-from compress.hidden import release_memory
-from compress.recover.loop import Trainer
+from cli.training_watch import evaluate, resume_run, train_lesson
+from compress.parallel import ALONE, Group
+from compress.recover.loop import Trainer, train
 from compress.recover.lora import LoraOptions
-from compress.recover.model import Frozen, Student, StudentOptions, estimate_activations
+from compress.recover.model import Student, StudentOptions, estimate_activations
 from compress.recover.state import open_work
-from compress.recover.teacher import (
-    CachedTeacher,
-    NoTeacher,
-    OnlineTeacher,
-    Plan,
-    Teaching,
-    fill_cache,
-    list_missing,
-    open_cache,
-    plan_cache,
-)
 from compress.report import make_plain
 
-RESIDENT_SHARE = 0.4  # of the free memory that a teacher may take
 
-def run_recover(asked: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """Check, score or load the teacher, train, write and prove; returns what the manifest says of the run.
+def run_recover(asked: Mapping[str, Any], console: Console, group: Group = ALONE) -> dict[str, Any]:
+    """Check, train lesson by lesson, write and prove; returns what the manifest says of the run.
+
+    In a group all processes train, and the first one writes.
 
     Raises UserError before anything is written, RunFailure for a run that diverged, KeyboardInterrupt (which says how
     to resume) when asked to stop.
     """
     limit_threads(asked["threads"])
     started = time.perf_counter()
-    job = prepare(asked, console)
+    job = prepare(asked, console, group)
     describe_job(job, console)
-    open_work(job.work, job.settings, asked["resume"])
-    teaching = make_teaching(job, console)
-    trainer = make_trainer(job)
+    if group.first:
+        open_work(job.work, job.settings, asked["resume"])
+    group.wait()
+    job = replace(job, order=group.tell(settle_order(job, console) if group.first else None))
+    if asked["offline"] and not job.lessons[0].round:  # before the student takes its memory
+        score_material(job, take_text(job), console, group)
+    trainer = make_trainer(job, group)
     before = evaluate(job, trainer)
     resume_run(job, trainer, console)
-    train_all(job, trainer, teaching, console)
+    train_all(job, trainer, console)
     if trainer.average is not None:
         trainer.average.swap(trainer.optimizer.parameters)
     after = evaluate(job, trainer)
     facts = describe_run(job, trainer, (before, after), time.perf_counter() - started)
     proofs = write_student(job, trainer.student, facts, console)
+    if not group.first:
+        return facts
     shutil.rmtree(job.work, ignore_errors=True)
     return show_result(job, {**facts, "proofs": make_plain(proofs)}, proofs, console)
 
 
-# Teacher and student
+def train_all(job: Job, trainer: Trainer, console: Console) -> None:
+    """Train what the trainer still has to learn, one lesson after the other."""
+    for lesson in job.lessons:
+        if trainer.history.step < lesson.last:
+            take_lesson(job, lesson, trainer, console)
 
 
-def make_teaching(job: Job, console: Console) -> Teaching:
-    """Return where targets come from; offline, all scores are on disk when this returns and the teacher is gone."""
-    if job.teacher is None:
-        return NoTeacher()
-    checkpoint, spec = job.teacher
-    if not job.asked["offline"]:
-        free = free_memory()
-        resident = free is None or 4 * spec.shape.parameters < RESIDENT_SHARE * free
-        if not resident:
-            console.warn("the teacher is too large for memory and read again for each batch; --offline is quicker.")
-        return OnlineTeacher(Frozen(checkpoint, spec, resident), [other for _, other in job.objective.matches])
-    plan, folder = plan_scores(job), Path(job.asked["cache"] or job.work / "scores")
-    size = plan.form.record.itemsize * job.steps * job.options.accumulate * job.batch_tokens
-    check_space(folder, size)
-    open_cache(folder, plan)
-    if list_missing(folder, plan):
-        console.note(f"Scoring with the teacher: the top {plan.form.k} of each token, at most {format_bytes(size)}.")
-        try:
-            fill_cache(folder, plan, Frozen(checkpoint, spec), job.batches, console.progress)
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"stopped while scoring; {folder} keeps what is done: {advise_resume()}") from stop
-        release_memory()
-    return CachedTeacher(folder, plan)
+def take_lesson(job: Job, lesson: Lesson, trainer: Trainer, console: Console) -> None:
+    """Open a lesson and train to its end; its teacher is gone when this returns."""
+    batches, teaching = open_lesson(job, lesson, trainer, console)
+    train_lesson(job, lesson, trainer, train(trainer, teaching, batches), console)
 
 
-def plan_scores(job: Job) -> Plan:
-    """Return the plan of the teacher's scores."""
-    assert job.teacher is not None
-    _, spec = job.teacher
-    key = {"teacher": json.dumps(job.settings["teacher_files"], sort_keys=True), "data": job.settings["data"]}
-    return plan_cache(key, spec.shape.vocab, job.steps * job.options.accumulate, job.batch_tokens)
-
-
-def make_trainer(job: Job) -> Trainer:
-    """Load the student."""
+def make_trainer(job: Job, group: Group) -> Trainer:
+    """Load the student; each process of a group keeps its part."""
     checkpoint, spec = job.student
     again = job.asked["checkpointing"]
     if again is None:
-        again = estimate_activations(spec, job.batch_tokens) > ACTIVATION_BYTES
+        again = estimate_activations(spec, job.batch_tokens // group.size) > ACTIVATION_BYTES
+        # Whole copies of merged or rounded matrices would wait for the backward pass: nothing would be shared.
+        again = again or (group.size > 1 and bool(job.asked["lora"] or job.asked["bf16"]))
     lora = LoraOptions(job.asked["lora"], seed=job.asked["seed"]) if job.asked["lora"] else None
-    return Trainer(Student(checkpoint, spec, StudentOptions(lora, again)), job.objective, job.options)
+    options = StudentOptions(lora, again, group=group)
+    return Trainer(Student(checkpoint, spec, options), job.objective, job.options)

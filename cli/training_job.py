@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cli.budget import COUNTS, read_amount
 from cli.console import Console, format_bytes, format_count
+from cli.curriculum import read_options
 from cli.estimate import free_memory
 from cli.measure import Model
 from cli.prepare import check_weights, check_writable
@@ -20,12 +23,17 @@ from cli.trained import open_model
 from compress.checkpoint import Checkpoint
 from compress.checkpoint_writer import check_output, check_space
 from compress.errors import UserError
+from compress.parallel import ALONE, Group
 from compress.recover.data import Batch, DataStream, StreamOptions, make_options, open_stream
 from compress.recover.loop import LoopOptions
 from compress.recover.losses import Objective
 from compress.recover.model import estimate_activations
 from compress.recover.optimizer import AdamOptions
+from compress.recover.parallel_data import check_rows
+from compress.recover.rollout import RolloutOptions, check_prompts, read_stops
+from compress.recover.sampler import SampleOptions
 from compress.recover.schedule import Schedule, choose_warmup
+from compress.recover.state import RUN_NAME
 from compress.recover.teacher import check_matches, check_vocabulary
 from compress.spec import ModelSpec
 from compress.text import load_tokenizer
@@ -33,14 +41,32 @@ from compress.text import load_tokenizer
 RATE_TIMES_WIDTH, LORA_RATE, MOST_RATE = 0.1, 5.0, 1e-3  # the default rate falls with the width, as muP's does
 ACTIVATION_BYTES = 2 * 2**30  # above which layers are run again rather than kept
 HELDOUT_BATCHES = 16
+POLICY_SHARE = 0.5  # of a run with rounds that is on-policy
 # What a run may be resumed with other values of: they change where it stands in no way.
 FREE = ("output", "resume", "overwrite", "no_verify", "as_json", "quiet", "threads", "save_minutes", "save_steps",
-        "cache", "eval_text", "eval_steps", "rate", "merge", "merge_rate")  # fmt: skip
+        "cache", "eval_text", "eval_steps", "rate", "merge", "merge_rate", "device")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of a run: `round` 0 is on the text, the others on what the student answers once it got there."""
+
+    round: int
+    first: int
+    steps: int
+
+    @property
+    def last(self) -> int:
+        """Steps that the run has made when the lesson is over."""
+        return self.first + self.steps
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: the models, the text, and how to train; `order` of the documents, for a curriculum."""
+    """A checked request: the models, the text, and how to train; `order` of the documents, for a curriculum.
+
+    `lessons` cover the steps of the run one after the other.
+    """
 
     asked: Mapping[str, Any]
     student: Model
@@ -52,6 +78,7 @@ class Job:
     work: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     order: tuple[int, ...] | None = None
+    lessons: tuple[Lesson, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -63,16 +90,40 @@ class Job:
         """Tokens of one batch."""
         return int(self.asked["batch"] * self.asked["length"])
 
+    def count_batches(self, steps: int) -> int:
+        """Return how many batches so many steps take."""
+        return steps * self.options.accumulate
+
+    @property
+    def text_steps(self) -> int:
+        """Steps on the text, before any rounds."""
+        return sum(lesson.steps for lesson in self.lessons if not lesson.round)
+
     def batches(self, start: int) -> Iterator[Batch]:
-        """Yield the batches of the run from number `start` on, in the order that was settled."""
+        """Yield the batches of the text from number `start` on, in the order that was settled."""
         return self.stream.batches(start, self.order)
+
+    def rollout_options(self, lesson: Lesson) -> RolloutOptions:
+        """Return what a round asks of the student."""
+        asked = self.asked
+        stops = {*read_stops(self.student[0].folder), *self.stream.options.end}
+        given = {name: asked[name] for name in ("temperature", "top_p") if asked[name] is not None}
+        most = asked["length"] // 2 if asked["answer_tokens"] is None else asked["answer_tokens"]
+        sample = SampleOptions(most, stop=tuple(sorted(stops)), **given)
+        tokens = self.count_batches(lesson.steps) * self.batch_tokens
+        return RolloutOptions(tokens, asked["length"], sample, (asked["seed"], lesson.round))
+
+    def prompters(self) -> Sequence[int]:
+        """Return the documents of the text that may give prompts."""
+        return self.stream.used() if self.order is None else sorted(set(self.order))
 
 
 # Checks
 
 
-def prepare(asked: Mapping[str, Any], console: Console) -> Job:
+def prepare(asked: Mapping[str, Any], console: Console, group: Group = ALONE) -> Job:
     """Open and check everything; raises UserError."""
+    check_rows(asked["batch"], group)
     output = Path(asked["output"])
     check_output(output, overwrite=asked["overwrite"])
     check_writable(output)
@@ -80,19 +131,55 @@ def prepare(asked: Mapping[str, Any], console: Console) -> Job:
     teacher = open_model(asked["teacher"]) if asked["teacher"] else None
     for checkpoint, _ in (student, *([teacher] if teacher else [])):
         check_output(output, checkpoint.folder, asked["overwrite"])
+    read_options(asked)
     objective = make_objective(asked)
     if teacher is not None:
         check_vocabulary((student[1], student[0].folder), (teacher[1], teacher[0].folder))
         check_matches(student[1], teacher[1], objective.matches)
     check_length(asked["length"], student)
     options = make_options_of_loop(asked, student[1])
-    check_room(asked, student, output)
+    check_room(asked, student, output, group)
     console.note("Reading the text.")
+    work = output.absolute().with_name(f"{output.absolute().name}.training")
+    asked = {**asked, "now": settle_date(work, asked["resume"])}
     stream, heldout = open_texts(asked, student[0])
     check_weights(student[0], console)
-    work = output.absolute().with_name(f"{output.absolute().name}.training")
-    job = Job(asked, student, teacher, stream, heldout, objective, options, work)
+    lessons = plan_lessons(asked, options.schedule.steps)
+    job = Job(asked, student, teacher, stream, heldout, objective, options, work, lessons=lessons)
+    check_rounds(job)
     return replace(job, settings=describe_settings(job))
+
+
+def plan_lessons(asked: Mapping[str, Any], steps: int) -> tuple[Lesson, ...]:
+    """Divide the steps of a run: off-policy training on the text, then rounds of about equal length.
+
+    A pruned student first needs the text: right after pruning its own answers are worth nothing (methods 4.4).
+    """
+    rounds, share = asked["rounds"], asked["policy_share"]
+    if not rounds:
+        return (Lesson(0, 0, steps),)
+    share = POLICY_SHARE if share is None else share
+    if not 0 < share <= 1:
+        raise UserError(f"--policy-share {share:g} is no share of the training; give more than 0 and at most 1.")
+    start = steps - round(share * steps)
+    if steps - start < rounds:
+        raise UserError(
+            f"--rounds {rounds} have {steps - start} of the {steps} steps between them; give more --tokens, or a "
+            "larger --policy-share."
+        )
+    ends = [start + (steps - start) * done // rounds for done in range(rounds + 1)]
+    text = (Lesson(0, 0, start),) if start else ()
+    return text + tuple(
+        Lesson(number, *(ends[number - 1], ends[number] - ends[number - 1])) for number in range(1, rounds + 1)
+    )
+
+
+def check_rounds(job: Job) -> None:
+    """Raise UserError for rounds in which the student would have nothing to answer."""
+    for lesson in job.lessons:
+        if lesson.round:
+            check_prompts(job.stream, job.prompters(), job.rollout_options(lesson))
+            return
 
 
 def check_length(length: int, student: Model) -> None:
@@ -105,21 +192,36 @@ def check_length(length: int, student: Model) -> None:
         )
 
 
-def check_room(asked: Mapping[str, Any], student: Model, output: Path) -> None:
-    """Raise UserError where the disk or the memory is too small for the output and the states of the run."""
+def check_room(asked: Mapping[str, Any], student: Model, output: Path, group: Group) -> None:
+    """Raise UserError where the disk or the memory is too small for the output and the states of the run.
+
+    The processes of a group on this machine hold their share of the model, and each one the ends and their gradients
+    for the length of a step. The memory of another device is not asked.
+    """
     (checkpoint, spec), lora = student, asked["lora"]
     master = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     states = 0 if lora else 3 * (3 + bool(asked["ema"])) * master  # the last two, and one being written
     check_space(output, checkpoint.nbytes + states)
     tokens = asked["batch"] * asked["length"]
     kept = 0 if asked["checkpointing"] else min(estimate_activations(spec, tokens), ACTIVATION_BYTES)
-    needed = kept + (checkpoint.nbytes if lora else (4 + bool(asked["ema"])) * master)
-    free = free_memory()
+    merged = master if asked["rounds"] else 0  # a student with adapters answers with its weights merged
+    whole = 8 * spec.shape.embedding_parameters if group.size > 1 else 0
+    shared = kept + (checkpoint.nbytes if lora else (4 + bool(asked["ema"])) * master)
+    needed = shared * group.local / group.size + group.local * (whole + merged * (bool(lora) or group.size > 1))
+    free = free_memory() if asked["device"] == "cpu" else None
     if free is not None and needed > free:
         raise UserError(
             f"Training needs about {format_bytes(needed)} of memory, and {format_bytes(free)} are free: give --lora "
             "16, a smaller --batch, or use a larger machine."
         )
+
+
+def settle_date(work: Path, resume: bool) -> str:
+    """Return the date that chat templates see: today's, or for a run that goes on the one it began with."""
+    if resume:
+        with suppress(OSError, ValueError, TypeError, KeyError):  # open_work says what is wrong with the file
+            return date.fromisoformat(json.loads((work / RUN_NAME).read_text(encoding="utf-8"))["now"]).isoformat()
+    return date.today().isoformat()
 
 
 def make_objective(asked: Mapping[str, Any]) -> Objective:
@@ -162,8 +264,11 @@ def open_texts(asked: Mapping[str, Any], student: Checkpoint) -> tuple[DataStrea
     """Open the training text, and read the batches of the held-out one."""
     tokenizer, rows, length = load_tokenizer(student.folder), asked["batch"], asked["length"]
     options = make_options(
-        student.folder, student.config, (rows, length), seed=asked["seed"], field=asked["field"]
-    )
+        student.folder, student.config, (rows, length), datetime.fromisoformat(asked["now"]), seed=asked["seed"],
+        field=asked["field"], plain=asked["plain"],
+    )  # fmt: skip
+    if options.plain and options.template is None:
+        raise UserError(f"--plain does nothing: {student.folder} has no chat template that prompts would go through.")
     stream = open_stream(asked["text"], tokenizer, options)
     if stream.facts.tokens < rows * length:
         raise UserError(
@@ -209,10 +314,11 @@ def hash_data(job: Job) -> str:
 
 def describe_job(job: Job, console: Console) -> None:
     """Say what will be trained on what."""
-    facts, asked = job.stream.facts, job.asked
-    tokens = job.steps * asked["batch"] * asked["length"] * asked["accumulate"]
-    epochs = tokens / facts.tokens
+    facts, each = job.stream.facts, job.batch_tokens * job.options.accumulate
+    own, epochs = job.steps - job.text_steps, job.text_steps * each / facts.tokens
     console.note(
-        f"{job.steps} steps of {tokens // job.steps} tokens: {format_count(tokens)} tokens, {epochs:.2g} times the "
-        f"text ({format_count(facts.tokens)} tokens of {facts.documents} documents); rate {job.options.rate:.2g}."
+        f"{job.steps} steps of {each} tokens: {format_count(job.steps * each)} tokens, {epochs:.2g} times the text "
+        f"({format_count(facts.tokens)} tokens of {facts.documents} documents); rate {job.options.rate:.2g}."
     )
+    if own:
+        console.note(f"The last {own} steps are on the student's own answers (rounds: {job.lessons[-1].round}).")

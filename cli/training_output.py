@@ -9,10 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from cli.console import Console, format_bytes, format_count
+from cli.manifest import encode_manifest, list_versions
 from cli.render import render_proof
-from cli.run import encode_manifest, list_versions
 from cli.trained import open_writer, prove_output, read_manifest
 from cli.training_job import Job
+from cli.training_lessons import list_rounds, render_round
 from cli.version import read_version
 from compress.checkpoint_writer import MANIFEST_NAME
 from compress.recover.loop import Trainer
@@ -39,6 +40,7 @@ def describe_run(
         "steps": trainer.history.step,
         "tokens": trainer.history.tokens,
         "data": make_plain(job.stream.facts),
+        "rounds": list_rounds(job),
         "loss": trainer.history.running,
         "heldout_loss": {"before": heldout[0], "after": heldout[1]},
         "seconds": seconds,
@@ -54,7 +56,11 @@ def read_peak() -> int:
 
 
 def write_student(job: Job, student: Student, facts: dict[str, Any], console: Console) -> tuple[Proof, ...]:
-    """Write the trained model as the student was stored, prove it, and move it into place."""
+    """Write the trained model as the student was stored, prove it, and move it into place; the first process does."""
+    if not student.group.first:
+        for _ in student.stored():  # gathered together
+            pass
+        return ()
     checkpoint, asked = job.student[0], job.asked
     with open_writer(asked, checkpoint) as writer:
         for name, tensor in student.stored():
@@ -79,6 +85,8 @@ def show_result(job: Job, facts: dict[str, Any], proofs: tuple[Proof, ...], cons
         f"Trained {facts['steps']} steps on {format_count(facts['tokens'])} tokens in {facts['seconds']:.0f} s; "
         f"training loss {facts['loss']:.4g}; at most {format_bytes(facts['peak_rss_bytes'])} of memory."
     )
+    for found in facts["rounds"]:
+        console.show(render_round(found))
     for proof in proofs:
         console.show(render_proof(proof))
     console.show(f"Written to {job.asked['output']}.")

@@ -6,14 +6,14 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cli.console import Console, RunFailure, format_count
-from cli.training_job import Job
-from compress.recover.loop import Diverged, StepReport, Trainer, measure_loss, train
+from cli.training_job import Job, Lesson
+from compress.recover.loop import Diverged, StepReport, Trainer, measure_loss
 from compress.recover.state import Curve, find_state, load_state, save_state
-from compress.recover.teacher import Teaching
 
 NOTE_SECONDS = 5.0
 
@@ -84,13 +84,16 @@ def advise_resume() -> str:
     return "give the same command with --resume to go on"
 
 
-def train_all(job: Job, trainer: Trainer, teaching: Teaching, console: Console) -> None:
-    """Train to the end, saving on the way; RunFailure for a run that diverges."""
-    batches = job.batches(trainer.history.batches)
+def train_lesson(
+    job: Job, lesson: Lesson, trainer: Trainer, steps: Iterator[StepReport], console: Console
+) -> None:
+    """Take the steps to a lesson's end, saving on the way and there; RunFailure for a run that diverges."""
     try:
         with Stopper(console) as stopper:
-            for report in log_steps(job, trainer, train(trainer, teaching, batches), console):
-                if stopper.asked and report.step < job.steps:
+            own = islice(steps, lesson.last - trainer.history.step)
+            for report in log_steps(job, trainer, own, console):
+                (stop,) = trainer.group.any(stopper.asked)  # a signal may reach one process a step before another
+                if stop and report.step < job.steps:
                     save_state(job.work, trainer)
                     raise KeyboardInterrupt(
                         f"stopped after step {report.step} of {job.steps}, saved in {job.work}: {advise_resume()}"
@@ -104,16 +107,19 @@ def log_steps(
     job: Job, trainer: Trainer, reports: Iterator[StepReport], console: Console
 ) -> Iterator[StepReport]:
     """Pass the steps through: each into the curve, some with a held-out loss, some saved."""
-    curve, meter = Curve(job.work, trainer.history.step), Meter(job, trainer.history.step, console)
+    first, meter = trainer.group.first, Meter(job, trainer.history.step, console)
+    curve = Curve(job.work, trainer.history.step) if first else None
     saved = time.monotonic()
     for report in reports:
         due = report.step % job.asked["eval_steps"] == 0 and report.step < job.steps
         heldout = evaluate(job, trainer) if due else None
-        curve.add(report, heldout)
+        if curve is not None:
+            curve.add(report, heldout)
         meter.report(report, trainer.history.running, heldout)
         every = job.asked["save_steps"]
         wanted = time.monotonic() - saved >= 60 * job.asked["save_minutes"] or (every and report.step % every == 0)
-        if wanted and not trainer.history.rising:
+        (agreed,) = trainer.group.any(first and bool(wanted))  # by the first process's clock
+        if agreed and not trainer.history.rising:
             save_state(job.work, trainer)
             saved = time.monotonic()
         yield report

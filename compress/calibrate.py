@@ -20,7 +20,8 @@ from compress.decoder import (
     project,
     rms_norm,
 )
-from compress.hidden import HiddenStore, batches, release_memory
+from compress.hidden import HiddenStore, batches, release_memory, share_windows
+from compress.parallel import ALONE, Group
 from compress.spec import ModelSpec
 from compress.stats import SINK_RATIO, BlockSums, ChannelSums, Moments, ordinary_tokens
 from compress.stats_norms import PostNormSums, observe_post_norm, start_post_norms
@@ -54,6 +55,23 @@ class LayerStats:
     mlp_spread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     post_norms: dict[str, PostNormSums] = field(default_factory=dict)
 
+    def reduce(self, group: Group) -> None:
+        """Become the statistics of all processes' windows."""
+        # By identity: an input norm's sums and what the module reads are one object.
+        sums = {id(each): each for each in (self.attention_reads, self.mlp_reads, *self.norms.values())}
+        parts: list[Moments | BlockSums | ChannelSums | PostNormSums] = [self.attention, self.mlp, self.block]
+        for part in (*parts, *sums.values(), *self.post_norms.values()):
+            part.reduce(group)
+        group.add((self.attention_spread, self.mlp_spread))
+        self.sinks = int(group.total(self.sinks)[0])
+        self.massive = set().union(*group.gather(self.massive))
+
+
+def share_text(group: Group, windows: Windows) -> Windows:
+    """Return this process's share of a text."""
+    own = share_windows(group, *windows.ids.shape)
+    return Windows(windows.ids[own.start : own.stop], windows.source)
+
 
 def fill_embeddings(checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, store: HiddenStore) -> None:
     """Write the scaled embeddings of all windows into `store`."""
@@ -72,9 +90,13 @@ def output_scale(spec: ModelSpec, weights: Weights, role: str, raw: Tensor) -> T
 
 
 def stream_dense(
-    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, store: HiddenStore, needs: frozenset[str]
-) -> Iterator[LayerStats]:
-    """Yield the statistics of one layer after the other; `store` holds the embeddings and is advanced in place."""
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, store: HiddenStore, needs: frozenset[str],
+    group: Group = ALONE,
+) -> Iterator[LayerStats]:  # fmt: skip
+    """Yield the statistics of one layer after the other; `store` holds the embeddings and is advanced in place.
+
+    `windows` are this process's; what is yielded covers those of the whole `group`.
+    """
     fill_embeddings(checkpoint, spec, windows, store)
     for index, layer in enumerate(spec.layers):
         weights = read_layer(checkpoint, spec, index, torch.float32)
@@ -83,6 +105,7 @@ def stream_dense(
             frame = make_frame(spec, stop - start, windows.ids.shape[1])
             x = store.read(start, stop)
             store.write(start, observe_layer(spec, stats, x, frame, needs))
+        stats.reduce(group)
         yield stats
         del layer, weights, stats
         release_memory()
@@ -162,11 +185,12 @@ def add_post_norms(stats: LayerStats, streams: tuple[Tensor, Tensor, Tensor], ma
         stats.norms["mlp_out"].update((after - middle)[mask])
 
 
-def observe_final(checkpoint: Checkpoint, spec: ModelSpec, store: HiddenStore) -> ChannelSums:
-    """Sum the final norm's output over the windows in `store`."""
+def observe_final(checkpoint: Checkpoint, spec: ModelSpec, store: HiddenStore, group: Group = ALONE) -> ChannelSums:
+    """Sum the final norm's output over the windows in the `store` of every process."""
     weight, sums = read_norm(checkpoint, spec, "final_norm"), ChannelSums.empty(spec.shape.hidden)
     for start, stop in batches(*store.shape[:2]):
         x = store.read(start, stop)
         mask, _ = ordinary_tokens(x)
         sums.update(rms_norm(x, weight, spec.eps, spec.norm_offset)[mask])
+    sums.reduce(group)
     return sums

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.calibrate import fill_embeddings
+from compress.calibrate import fill_embeddings, share_text
 from compress.checkpoint import Checkpoint
 from compress.decoder import (
     attention_branch,
@@ -36,6 +36,7 @@ from compress.decoder import (
 )
 from compress.errors import UserError
 from compress.hidden import HiddenStore, batches, release_memory
+from compress.parallel import ALONE, Group
 from compress.spec import ModelSpec, role_axes
 from compress.stats import ordinary_tokens
 from compress.text import Windows
@@ -51,18 +52,22 @@ PIECE_TOKENS, PIECE_VALUES = 512, 2**24
 class BackwardOptions:
     """How to run backward: `labels` (`text`: the true next tokens, `sampled`: the model's own), seed of the samples.
 
-    `weights` asks for gradients by the weights; `spill_bytes` bounds the streams held in memory.
+    `weights` asks for gradients by the weights; `spill_bytes` bounds the streams held in memory. The processes of a
+    `group` run their shares of the windows, which takes the text's labels: samples are drawn in one sequence.
     """
 
     labels: str = TEXT
     weights: bool = False
     seed: int = 0
     spill_bytes: int = 2**30
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
-        """Refuse unknown labels."""
+        """Refuse unknown labels, and sampled ones in a group."""
         if self.labels not in (TEXT, SAMPLED):
             raise UserError(f"labels '{self.labels}' of a backward pass are not one of {TEXT}, {SAMPLED}.")
+        if self.labels == SAMPLED and self.group.size > 1:
+            raise ValueError("processes cannot share a backward pass whose labels are drawn in one sequence")
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,21 @@ def stream_backward(
 ) -> Iterator[LayerGradients]:
     """Yield the gradients of one layer after the other, from the last to the first.
 
-    Let go of each before asking for the next, or two layers are in memory. Raises UserError for windows without a
-    next token to predict.
+    Let go of each before asking for the next, or two layers are in memory. In a group the streams are this process's
+    share, and gradients by the weights are those of all windows. Raises UserError for windows without a next token to
+    predict.
     """
-    count, length = windows.ids.shape
     if windows.ids[:, 1:].numel() == 0:
         raise UserError(f"{windows.source}: gradients need windows of at least 2 tokens; give more text.")
+    windows = share_text(options.group, windows)
+    count, length = windows.ids.shape
     with HiddenStore(((len(spec.layers) + 1) * count, length, spec.shape.hidden), options.spill_bytes) as store:
         fill_inputs(checkpoint, spec, windows, store)
         gradient = differentiate_loss(checkpoint, spec, windows, store, options)
         for index in reversed(range(len(spec.layers))):
             found = backward_layer(checkpoint, spec, index, store, gradient, options.weights)
             gradient = found.before
+            options.group.add(found.weights.values())
             yield found
             del found
             release_memory()
@@ -165,6 +173,8 @@ def backward_layer(
         energy += float(output[ordinary[span]].pow(2).sum(dtype=torch.float64))
     # Batches add up in float32: they are few, and a float64 copy would be twice the layer.
     weights = {role: leaf.grad for role, leaf in leaves.items() if leaf.grad is not None}
+    if differentiate and not count:  # a process without windows has nothing to add to the others' sums
+        weights = {role: torch.zeros_like(tensor) for role, tensor in values.items()}
     return LayerGradients(index, before, middle, after, values, weights, ordinary, energy)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.parallel import Group
 
 
 class HiddenStore:
@@ -113,3 +114,16 @@ def batches(windows: int, length: int, tokens: int = 2048) -> Iterator[tuple[int
     step = max(1, tokens // length)
     for start in range(0, windows, step):
         yield start, min(start + step, windows)
+
+
+def share_windows(group: Group, windows: int, length: int) -> range:
+    """Return which of all windows are this process's: neighbours, none where windows are fewer than processes.
+
+    Whole batches where they go round: every product is then one that a single process makes too, and sums over all
+    processes differ from its sums by the order of float64 additions alone.
+    """
+    spans = list(batches(windows, length))
+    if len(spans) < group.size:
+        return group.share(windows)
+    own = group.share(len(spans))
+    return range(spans[own.start][0], spans[own.stop - 1][1])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,15 +18,24 @@ from torch import Tensor
 
 from compress.errors import UserError
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+# With a device, sums of what lies in the machine's memory still go by gloo.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+PATIENCE = timedelta(days=1)  # the others wait while the first process writes and proves; torchrun ends a dead run
+CLAIM = "lightpress/claimed"
 
 
 @dataclass(frozen=True)
 class Group:
-    """One process among `size`, counted from 0; the first one speaks and writes."""
+    """One process among `size`, counted from 0, of which `local` run on this machine; its `device`.
+
+    The first process speaks and writes. `store` is what the group met through.
+    """
 
     rank: int = 0
     size: int = 1
+    local: int = 1
+    device: torch.device = torch.device("cpu")
+    store: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -44,6 +54,17 @@ class Group:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def total(self, *values: float) -> list[float]:
+        """Return the sums of plain numbers over all processes."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        self.add([sums])
+        found: list[float] = sums.tolist()
+        return found
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Return for each wish whether some process has it."""
+        return [count > 0 for count in self.total(*wishes)]
+
     def gather(self, value: Any) -> list[Any]:
         """Return what every process gave, by rank, in every process (plain values: torch pickles them)."""
         if self.size == 1:
@@ -58,8 +79,20 @@ class Group:
 
     def wait(self) -> None:
         """Return when every process has come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.total(0.0)
+
+    def claim(self, word: str) -> str:
+        """Return the word of the process that came here first; nothing where it cannot be known.
+
+        No process waits for another here, so that it may be asked wherever a run breaks.
+        """
+        if self.store is None:
+            return word
+        try:
+            found: bytes = self.store.compare_set(CLAIM, "", word)
+        except RuntimeError:  # the process that held the store is gone
+            return ""
+        return found.decode()
 
 
 ALONE = Group()
@@ -69,17 +102,23 @@ ALONE = Group()
 def join_group(kind: str = "cpu") -> Iterator[Group]:
     """Join the group that torchrun started, for the block; alone where it did not.
 
-    Raises UserError where torch was built without what the device (cpu, cuda, npu) needs.
+    Raises UserError where torch was built without what the device (cpu, cuda, npu) needs. A block that fails does not
+    leave the group: with others in the middle of a sum that would wait for them, and the process ends anyway.
     """
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, place)
+    if device.index is not None:
+        getattr(torch, kind).set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield Group(device=device)
         return
     import torch.distributed as group
 
     if not group.is_available():
         raise UserError("This build of torch has no torch.distributed; run without torchrun, or install another.")
-    group.init_process_group(BACKENDS[kind])
-    try:
-        yield Group(group.get_rank(), group.get_world_size())
-    finally:
-        group.destroy_process_group()
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(iter(rendezvous("env://")))
+    group.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    yield Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, store)
+    group.destroy_process_group()

@@ -90,7 +90,7 @@ class DeviceReport:
 class PlanReport:
     """A plan in numbers: memory and disk are estimates in bytes, the predicted loss is nats per token by axis.
 
-    `run_seconds`: estimated time of calibrating, planning and rebuilding on this machine.
+    `run_seconds`: estimated time of calibrating, planning, rebuilding and training back on this machine.
     """
 
     layers: tuple[LayerRow, ...]
@@ -117,7 +117,7 @@ class RunReport:
     """Everything `compress` found out: where the output is, its plan, the proofs, dense against compressed.
 
     `graph_format`: weights of the ONNX graph; `next_steps`: what to copy to the device and to run there;
-    `artifact_error`: why nothing was written for it.
+    `artifact_error`: why nothing was written for it; `recovery`: what the training after the rebuild did.
     """
 
     output: Path
@@ -128,6 +128,7 @@ class RunReport:
     graph_format: str = ""
     next_steps: tuple[str, ...] = ()
     artifact_error: str | None = None
+    recovery: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

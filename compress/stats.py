@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.parallel import Group
+
 # Rows of one float32 product; sums across products are float64, so that rounding does not grow with the text.
 CHUNK = 2048
 
@@ -50,6 +52,11 @@ class Moments:
             self.target_total + other.target_total, self.count + other.count,
         )  # fmt: skip
 
+    def reduce(self, group: Group) -> None:
+        """Become the moments of all processes' tokens."""
+        group.add((self.gram, self.total, self.cross, self.target_total))
+        self.count = int(group.total(self.count)[0])
+
 
 def add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
     """Add rows^T rows to `gram` in place, computing only the upper blocks; the rest is copied from them."""
@@ -83,6 +90,11 @@ class ChannelSums:
         """Return the sums of both token sets together."""
         return ChannelSums(self.absolute + other.absolute, self.square + other.square, self.count + other.count)
 
+    def reduce(self, group: Group) -> None:
+        """Become the sums of all processes' tokens."""
+        group.add((self.absolute, self.square))
+        self.count = int(group.total(self.count)[0])
+
 
 @dataclass
 class BlockSums:
@@ -106,6 +118,11 @@ class BlockSums:
             self.cosine + other.cosine, self.square_out + other.square_out, self.change + other.change,
             self.count + other.count,
         )  # fmt: skip
+
+    def reduce(self, group: Group) -> None:
+        """Become the sums of all processes' tokens."""
+        self.cosine, self.square_out, self.change = group.total(self.cosine, self.square_out, self.change)
+        self.count = int(group.total(self.count)[0])
 
     @property
     def influence(self) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.family import BRANCHES, POST_NORMS
+from compress.parallel import Group
 from compress.spec import ModelSpec
 from compress.stats import CHUNK
 
@@ -72,6 +73,13 @@ class BranchSums:
             self.inverse + other.inverse, self.count + other.count,
         )  # fmt: skip
 
+    def reduce(self, group: Group) -> None:
+        """Become the sums of all processes' tokens."""
+        group.add((self.square, self.cross, self.unit))
+        self.peak = torch.stack(group.gather(self.peak)).amax(0)
+        self.rms, self.rms_square, self.inverse = group.total(self.rms, self.rms_square, self.inverse)
+        self.count = int(group.total(self.count)[0])
+
     @property
     def variation(self) -> float:
         """Coefficient of variation of r: its standard deviation over its mean; 0 without tokens."""
@@ -118,6 +126,11 @@ class PostNormSums:
         """Return the sums of both token sets together."""
         ordinary, sinks = self.ordinary.merge(other.ordinary), self.sinks.merge(other.sinks)
         return PostNormSums(self.layer, self.role, self.gain, self.eps, ordinary, sinks)
+
+    def reduce(self, group: Group) -> None:
+        """Become the sums of all processes' tokens."""
+        self.ordinary.reduce(group)
+        self.sinks.reduce(group)
 
 
 def start_post_norms(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]) -> dict[str, PostNormSums]:

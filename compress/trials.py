@@ -15,14 +15,16 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 
-from compress.calibrate import fill_embeddings
+from compress.calibrate import fill_embeddings, share_text
 from compress.checkpoint import Checkpoint
 from compress.choose import Choice, Prices, Scope, choose_plan, full_scope
 from compress.decoder import compute_logits
 from compress.errors import UserError
 from compress.goal import Goal
 from compress.gradients import PIECE_VALUES, SAMPLED, BackwardOptions, sensitivities
+from compress.hidden import share_windows
 from compress.importance.findings import Findings
+from compress.parallel import ALONE, Group
 from compress.plan import Plan, keep_everything
 from compress.probe import NO_SHARES, Shares, cut_spec, price_damage, probe_damage, probe_plans, weigh_axes
 from compress.recipe import Recipe
@@ -50,13 +52,17 @@ def ignore(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where plans are tried: the dense model, the text, the recipe, and a goal other than the recipe's `keep`."""
+    """Where plans are tried: the dense model, the text, the recipe, a goal other than the recipe's `keep`.
+
+    The processes of a `group` share each trial's windows; the few windows of sensitivities and probes all run whole.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     windows: Windows
     recipe: Recipe
     goal: Goal | None = None
+    group: Group = ALONE
 
     @property
     def share(self) -> float:
@@ -96,14 +102,13 @@ def search_plan(bench: Bench, findings: Findings, progress: Progress) -> Plan:
     if layers:
         # How sensitive layers are is itself an estimate: plans with and without it are measured against each other.
         choices = join_choices(choices, list_choices(bench, findings, make_prices(findings, measured, layers)))
-    choices = choices[:trials]
-    losses = []
+    choices, losses = bench.group.tell(choices[:trials]), []
     for place, choice in enumerate(choices):
         progress("try plans", place, len(choices))
         losses.append(measure_plan(bench, choice.plan))
     progress("try plans", len(choices), len(choices))
     best = min(range(len(choices)), key=losses.__getitem__)
-    plan = choices[best].plan
+    plan: Plan = choices[best].plan
     tried = [{"loss": round(loss, 4), **outline_plan(c.plan)} for loss, c in zip(losses, choices, strict=True)]
     return replace(plan, notes={**plan.notes, "measured_loss": round(losses[best], 4), "tried": tried})
 
@@ -134,7 +139,7 @@ def price_axes(bench: Bench, findings: Findings, progress: Progress = ignore) ->
         base = measure_plan(bench, settle(bench, findings, keep_everything(bench.spec.shape)))
     cuts = {"ffn": cut, "kv": cut, "hidden": cut / 2, "layers": cut / 2}
     plans = {axis: plan for axis, plan in probe_plans(bench.spec, findings, cuts).items() if axis in recipe.axes}
-    measured = {}
+    plans, measured = bench.group.tell(plans), {}
     for place, (axis, plan) in enumerate(plans.items()):
         progress("price axes", place, len(plans))
         measured[axis] = (measure_plan(bench, settle(bench, findings, plan)) - base, plan)
@@ -228,11 +233,11 @@ def measure_plan(bench: Bench, plan: Plan) -> float:
     """
     recipe = replace(bench.recipe, refine=0)
     new = describe_trial(bench, plan)
-    windows, measured = pick_windows(bench.windows)
+    picked, most = pick_windows(bench.windows)
+    windows, measured = share_trial(bench.group, picked, most)
     with ExitStack() as stack:
-        job = Rebuild(
-            bench.checkpoint, bench.spec, new, plan, recipe, storage_types(bench.checkpoint, bench.spec, new)
-        )
+        types = storage_types(bench.checkpoint, bench.spec, new)
+        job = Rebuild(bench.checkpoint, bench.spec, new, plan, recipe, types, bench.group)
         streams = open_streams(stack, job, windows, measured)
         fill_embeddings(bench.checkpoint, bench.spec, windows, streams.dense)
         start_pruned(new, windows, streams, cut_ends(job, ("embed",))["embed"])
@@ -248,7 +253,13 @@ def measure_plan(bench: Bench, plan: Plan) -> float:
                 wanted = compute_logits(bench.spec, dense, one).log_softmax(-1)
                 found = compute_logits(new, ends, other).log_softmax(-1)
                 total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
-    return total / (measured * windows.ids.shape[1])
+    return bench.group.total(total)[0] / (most * windows.ids.shape[1])
+
+
+def share_trial(group: Group, windows: Windows, measured: int) -> tuple[Windows, int]:
+    """Return this process's windows of a trial, and how many at their end measure it."""
+    own = share_windows(group, *windows.ids.shape)
+    return share_text(group, windows), len(range(max(own.start, len(windows.ids) - measured), own.stop))
 
 
 def pick_windows(windows: Windows) -> tuple[Windows, int]:

@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from cli.app import VERBS, app
 from cli.console import Console, PlainMeter, align_table
-from cli.options import ASCEND, HELP, PANELS, PLAN_KEYS, WEIGHTS
+from cli.options import ASCEND, CURRICULUM, HELP, PANELS, PLAN_KEYS, ROUNDS, WEIGHTS
+from cli.planned import show_plan
 from cli.prepare import Job, check_plan
 from cli.render import render_choices, render_plan, render_tried
 from cli.request import Request
-from cli.run import show_plan
 from compress.checkpoint import open_checkpoint
 from compress.errors import UserError
 from compress.importance import SCORES
@@ -420,11 +420,11 @@ def test_wrong_recipe_is_one_sentence(content, words, model, text, tmp_path):
 
 
 def test_failed_proof_exits_with_one(model, text, tmp_path, monkeypatch):
-    import cli.run
+    import cli.written
     from compress.report import Proof
 
     failed = Proof("transformers", "different", reason="logits differ")
-    monkeypatch.setattr(cli.run, "verify_folder", lambda *_: [failed])
+    monkeypatch.setattr(cli.written, "verify_folder", lambda *_: [failed])
     arguments = ("--text", text, "-o", tmp_path / "out", *FAST, "--no-bench", "--no-export", "--quiet")
     done = run("compress", model("llama"), *arguments)
     assert done.exit_code == 1
@@ -516,7 +516,8 @@ def test_help_names_every_key_and_every_choice_under_its_heading():
         words = set(re.findall(r"[\w-]+", texts[name]))
         assert words.issuperset(allowed), (name, set(allowed) - words)
     printed = run("compress", "--help").stdout
-    places = [printed.index(f"\n{heading}:\n") for heading in PANELS if heading not in (WEIGHTS, ASCEND)]
+    others = (WEIGHTS, ASCEND, CURRICULUM, ROUNDS)
+    places = [printed.index(f"\n{heading}:\n") for heading in PANELS if heading not in others]
     assert places == sorted(places)
     assert all(f" {flag(name)} " in printed for name in texts)
     shown = run("plan", "--help").stdout
@@ -540,7 +541,7 @@ GIVEN = [
 
 def test_flags_and_recipe_file_fill_every_key(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cli.run.run_compress", lambda request, console: seen.append(request.recipe))
+    monkeypatch.setattr("cli.run.run_compress", lambda request, console, group: seen.append(request.recipe))
     file, keys = tmp_path / "recipe.yaml", []
     for values in GIVEN:
         given = [word for key, value in values.items() for word in (flag(key), value)]

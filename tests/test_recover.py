@@ -408,6 +408,16 @@ def test_bf16_gradients_are_near_the_exact_ones(tiny):
         assert any(not torch.equal(rough[name], exact[name]) for name in exact)
 
 
+def test_bf16_losses_are_summed_exactly(tiny):
+    student, model = Student(*tiny("qwen3")), Frozen(*tiny("qwen3", rms_norm_eps=0.1), True)
+    for objective in (Objective(KL), Objective(CE), Objective(KL, matches=((1, 1),))):
+        trainer = Trainer(student, objective, LoopOptions(1e-3, Schedule(5), bf16=True))
+        loss, _ = add_gradients(trainer, OnlineTeacher(model, [1]), iter([make_batch(0)]))
+        total = loss * float(make_batch(0).weights[:, 1:].sum())
+        # A sum that went through a product of matrices would have eight bits.
+        assert abs(float(torch.tensor(total).bfloat16()) - total) > 1e-5 * total
+
+
 # Optimiser and schedule
 
 

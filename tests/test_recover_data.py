@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 from collections import Counter
 from datetime import datetime
@@ -381,9 +382,39 @@ def test_a_large_file_stays_on_disk(tokenizer: Tokenizer, tmp_path: Path, monkey
 
 
 def test_tables_are_copied_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one é<|endoftext|>two\nlines<|endoftext|> <|endoftext|>🙂")
-    monkeypatch.setattr(data_index, "TABLES", (".txt",))  # stands in for .parquet, which needs pyarrow
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    rows = [{"body": "one é"}, {"messages": CHAT, "kind": "b"}, {"body": "🙂", "kind": "a"}]
+    monkeypatch.setattr(data_index, "read_table", lambda path, field: enumerate(rows, 1))  # the real one needs pyarrow
     index = DocumentIndex([path], "body")
-    assert [index.read(number)[0] for number in range(len(index))] == [{"body": t} for t in read_documents(path)]
+    assert [index.read(number)[0] for number in range(len(index))] == rows
     assert index.place(2) == f"{path}: line 3"
+
+
+def test_tables_without_their_reader_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(lambda: DocumentIndex([path]), "a.parquet", "pip install pyarrow")
+
+
+def test_tables_hold_chats_and_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    rows = [
+        {"messages": CHAT, "kind": "long"}, {"prompt": "two plus", "response": " four", "kind": "short"},
+        {"text": "once upon"}, {"text": " "}, {"kind": "none"}, {"text": "a house"},
+    ]  # fmt: skip
+    names = ("messages", "prompt", "response", "text", "kind")
+    parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
+    stream = open_stream([path], tokenizer, StreamOptions(length=500, template=make_template(IM)))
+    other = open_stream(
+        [put(tmp_path / "a.jsonl", *rows[:3], rows[5])], tokenizer, StreamOptions(500, template=make_template(IM))
+    )
+    assert [stream.document(number) for number in range(4)] == [other.document(number) for number in range(4)]
+    assert stream.index.read(0)[0]["kind"] == "long" and stream.index.place(3) == f"{path}: line 6"
+    parquet.write_table(pyarrow.table({"body": ["a"]}), path)
+    refused(lambda: DocumentIndex([path]), "no column 'text'", "it has body", "--field")
+    path.write_bytes(b"PAR1")
+    refused(lambda: DocumentIndex([path]), "not a Parquet file")

@@ -29,7 +29,7 @@ LAYERS = (
     {"stats", "calibrate", "sample", "gradients"},
     {"importance", "solve", "knapsack", "allocate", "goal"},
     {"plan", "surgery", "probe", "choose", "settle", "quantize", "evaluate"},
-    {"recover", "trials"},
+    {"recover", "trials", "frontier"},
     {"pipeline"},
     {"demo"},
 )

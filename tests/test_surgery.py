@@ -277,7 +277,7 @@ def test_no_energy_leaves_the_norm_as_it_is() -> None:
 
 def test_a_text_longer_than_needed_is_not_read_to_its_end(bench: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     b = bench("llama", inputs="lstsq", repair="lstsq")
-    monkeypatch.setattr(Streams, "spans", lambda _: ((i, i + 1) for i in range(8)))
+    monkeypatch.setattr(inputs, "batches", lambda *_: ((i, i + 1) for i in range(8)))
     assert inputs.gather_inputs(b.job, b.streams, ATTENTION, b.cut()).count == 8 * 31
     for each, times in ((2, 0), (0, 32 * 64)):  # 64 tokens, and the rest of a window
         monkeypatch.setattr(inputs, "TOKENS_PER_INPUT", each)

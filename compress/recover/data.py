@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.recover.chat import ChatTemplate, Message, mark_tokens, read_template, render_chat
+from compress.recover.chat import read_template
 from compress.recover.data_index import DocumentIndex, Spool
-from compress.recover.data_pack import cut_document, pack_rows, shuffle_places
+from compress.recover.data_pack import cut_document, cut_windows, pack_rows, shuffle_places
+from compress.recover.data_rows import Document, Draft, StreamOptions, draft_row, encode_drafts
 from compress.text import boundary_ids
 
-# Names of a question and its answer, in the order in which they are looked for.
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+__all__ = [
+    "Batch", "DataFacts", "DataStream", "Document", "DocumentView", "StreamOptions", "make_options", "open_stream",
+]  # fmt: skip
+
 GROUP, GROUP_CHARACTERS = 512, 2**22  # documents, and characters, that are tokenised at once
 WINDOW = 8192  # pieces that are packed together, and whose rows are shuffled
+NEAR = 4  # batches' worth of neighbours that are packed and shuffled where an order is to be followed
 # A piece of a document that fits into a row: where its tokens lie, how many, how many count, and whose it is.
 PIECE = np.dtype([("start", "<u8"), ("size", "<u4"), ("counted", "<u4"), ("document", "<u8")])
 
@@ -56,32 +60,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StreamOptions:
-    """How to make batches; `make_options` fills in what a checkpoint folder says.
-
-    `length`, `rows`: of a batch; `field`: of the text; `start`, `end`: ids around texts and answers without a template;
-    `vocabulary`: size to check ids against (0: unchecked); `most_tokens`: stop after so many, taking documents at
-    random (0: all); `plain`: prompts with answers do not go through the template.
-    """
-
-    length: int = 512
-    rows: int = 8
-    seed: int = 0
-    field: str = "text"
-    start: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-    template: ChatTemplate | None = None
-    vocabulary: int = 0
-    most_tokens: int = 0
-    plain: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that hold no prediction."""
-        if self.length < 2 or self.rows < 1:  # noqa: PLR2004 (a token, and one that is predicted)
-            raise UserError(f"{self.rows} rows of {self.length} tokens hold no prediction; give at least 1 row of 2.")
-
-
-@dataclass(frozen=True)
 class DataFacts:
     """What was found: documents and their tokens, those that count in the loss, and what packing did to them.
 
@@ -98,29 +76,6 @@ class DataFacts:
     unanswered: int = 0
     rewritten: int = 0
     unread: int = 0
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids of one document and, of equal length, 1 for each token that counts in the loss, else 0."""
-
-    ids: Sequence[int]
-    weights: Sequence[int]
-    rewritten: bool = False
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A document before it is tokenised: texts, the spans of characters that count, and the ids around them.
-
-    `apart`: prompt and answer are tokenised apart, so that the answer begins with a token of its own.
-    """
-
-    texts: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...] | None = None
-    start: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-    rewritten: bool = False
 
 
 def make_options(
@@ -145,87 +100,6 @@ def open_stream(paths: Sequence[Path], tokenizer: Any, options: StreamOptions) -
     """Index and tokenise files; UserError, naming file and line, for what is no training data or gives no token."""
     index = DocumentIndex(paths, options.field)
     return DataStream(index, tokenizer, options)
-
-
-# From a row to tokens
-
-
-def draft_row(row: Mapping[str, Any], options: StreamOptions, ends: tuple[bool, bool], place: str) -> Draft:
-    """Return the draft of one row by its keys; `ends`: whether the text starts and stops here."""
-    if "messages" in row:
-        return draft_chat(row["messages"], row.get("tools"), options, place)
-    for names in PAIRS:
-        if all(isinstance(row.get(name), str) for name in names):
-            return draft_pair(join_prompt(row, names[0]), str(row[names[1]]), options, place)
-    text = row.get(options.field)
-    if not isinstance(text, str):
-        raise UserError(
-            f"{place} has neither 'messages', nor 'prompt' with 'response', nor text in '{options.field}' (it has "
-            f"{', '.join(sorted(row)) or 'nothing'}); rename its keys, or set --field."
-        )
-    start, end = (options.start if ends[0] else ()), (options.end if ends[1] else ())
-    return Draft((clean_text(text),), None, start, end)
-
-
-def join_prompt(row: Mapping[str, Any], name: str) -> str:
-    """Return a row's prompt; an `input` beside an `instruction` follows it after an empty line."""
-    extra = row.get("input") if name == "instruction" else None
-    return f"{row[name]}\n\n{extra}" if isinstance(extra, str) and extra else str(row[name])
-
-
-def draft_pair(prompt: str, answer: str, options: StreamOptions, place: str) -> Draft:
-    """Return a prompt with its answer: as a chat where there is a template, else one after the other as they are."""
-    if options.template is not None and not options.plain:
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return draft_chat(messages, None, options, place)
-    return Draft((clean_text(prompt), clean_text(answer)), None, options.start, options.end)
-
-
-def draft_chat(messages: Any, tools: Any, options: StreamOptions, place: str) -> Draft:
-    """Return a chat as its template writes it; UserError for no template, no chat, or one that the template refuses."""
-    check_messages(messages, place)
-    if options.template is None:
-        raise UserError(
-            f"{place} is a chat, and the model's folder has no chat template: put its chat_template.jinja there, or "
-            "give rows with prompt and response."
-        )
-    try:
-        found = render_chat(options.template, [clean_message(message) for message in messages], tools)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-    return Draft((found.text,), found.spans, rewritten=not found.whole)
-
-
-def check_messages(messages: Any, place: str) -> None:
-    """Raise UserError for what is no list of messages with a role and a content."""
-    fits = isinstance(messages, list) and bool(messages)
-    if not fits or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-        raise UserError(f"{place} has 'messages' that are not a list of objects with role and content; repair it.")
-
-
-def clean_message(message: Message) -> dict[str, Any]:
-    """Return a message whose texts a tokenizer can read."""
-    return {key: clean_text(value) if isinstance(value, str) else value for key, value in message.items()}
-
-
-def clean_text(text: str) -> str:
-    """Replace halves of surrogate pairs, as cut emoji leave in JSON: they are no text for a tokenizer."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def encode_drafts(tokenizer: Any, drafts: Sequence[Draft]) -> Iterator[Document]:
-    """Yield the documents of some drafts, tokenised together."""
-    texts = [text for draft in drafts for text in draft.texts]
-    encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
-    for draft in drafts:
-        parts = [next(encoded) for _ in draft.texts]
-        ids = [one for part in parts for one in part.ids]
-        if draft.spans is not None:
-            yield Document(ids, mark_tokens(parts[0].offsets, draft.spans), draft.rewritten)
-            continue
-        prompt = len(parts[0].ids) if len(parts) > 1 else 0
-        weights = [0] * (len(draft.start) + prompt) + [1] * (len(ids) - prompt + len(draft.end))
-        yield Document([*draft.start, *ids, *draft.end], weights)
 
 
 # The stream
@@ -271,7 +145,7 @@ class DataStream:
             names = ", ".join(str(path) for path in index.paths)
             raise UserError(f"{names}: no token there counts in the loss; give answers, or texts of two tokens.")
         self._sizes, self._owners = self._pieces.column("size"), self._pieces.column("document")
-        self._numbers, self._firsts = np.unique(self._owners, return_index=True)
+        self._numbers, self._firsts, self._cuts = np.unique(self._owners, return_index=True, return_counts=True)
 
     def close(self) -> None:
         """Delete the temporary files; they also go with the object."""
@@ -281,9 +155,10 @@ class DataStream:
     def batches(self, start: int = 0, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Yield batches without end, epoch after epoch, without the first `start`, which are skipped without reading.
 
-        Each epoch has its own shuffle, by the seed. `order` (document numbers, for a curriculum; those left out are not
-        used) replaces it: rows are then shuffled only among neighbours. A batch may hold the end of an epoch and the
-        start of the next.
+        Each epoch has its own shuffle, by the seed. `order` (document numbers, for a curriculum; some may be named more
+        than once, and those left out are not used) replaces it: rows are then shuffled only among neighbours of a few
+        batches, and what comes after its end is the same again. A batch may hold the end of an epoch and the start of
+        the next.
         """
         rows, waiting = self.options.rows, start * self.options.rows
         held: list[np.ndarray[Any, Any]] = []
@@ -297,6 +172,10 @@ class DataStream:
                 while len(held) >= rows:
                     yield self._fill_batch(held[:rows])
                     held = held[rows:]
+
+    def count_rows(self, order: Sequence[int] | None = None) -> int:
+        """Return the rows of one epoch, or of an order once."""
+        return sum(len(window) for window in self._plan_windows(0, order))
 
     def document(self, number: int) -> Document:
         """Return a document's first piece of at most `length` tokens; empty for one that was left out.
@@ -316,7 +195,15 @@ class DataStream:
 
     def token_counts(self) -> np.ndarray[Any, Any]:
         """Return the tokens of each document that training sees, `[documents in the files]`; 0: it was left out."""
-        return np.bincount(self._owners.astype(np.int64), self._sizes, len(self.index)).astype(np.int64)
+        return self._sum_pieces(self._sizes)
+
+    def answer_counts(self) -> np.ndarray[Any, Any]:
+        """Return the tokens of each document that count in the loss, `[documents in the files]`."""
+        return self._sum_pieces(self._pieces.column("counted"))
+
+    def _sum_pieces(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the sum over each document's pieces."""
+        return np.bincount(self._owners.astype(np.int64), values, len(self.index)).astype(np.int64)
 
     # Tokenising
 
@@ -382,22 +269,26 @@ class DataStream:
 
     def _plan_windows(self, epoch: int, order: Sequence[int] | None) -> Iterator[list[np.ndarray[Any, Any]]]:
         """Yield the rows of one epoch, each the numbers of its pieces, a window of pieces at a time."""
-        seed = self.options.seed
-        places = shuffle_places(len(self._sizes), seed, epoch) if order is None else self._follow(order)
-        for number, start in enumerate(range(0, len(places), WINDOW)):
-            window = places[start : start + WINDOW]
-            rows = pack_rows(self._sizes[window].tolist(), self.options.length)
+        seed, length = self.options.seed, self.options.length
+        if order is None:
+            places, room = shuffle_places(len(self._sizes), seed, epoch), WINDOW * length
+        else:
+            places, room = self._follow(order), NEAR * self.options.rows * length
+        for number, window in enumerate(cut_windows(places, self._sizes, WINDOW, room)):
+            rows = pack_rows(self._sizes[window].tolist(), length)
             yield [window[rows[place]] for place in shuffle_places(len(rows), seed, epoch, number)]
 
     def _follow(self, order: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Return the pieces of the documents in `order`."""
-        ranks = np.full(len(self.index), -1, np.int64)
-        ranks[np.asarray(order, np.int64)] = np.arange(len(order))
-        own = ranks[self._owners.astype(np.int64)]
-        chosen = np.flatnonzero(own >= 0)
-        if not len(chosen):
+        """Return the pieces of the documents in `order`, each document's together."""
+        wanted = np.asarray(order, np.int64)
+        at = np.searchsorted(self._numbers, wanted).clip(max=len(self._numbers) - 1)
+        at = at[self._numbers[at] == wanted]
+        if not len(at):
             raise UserError("The order of the documents names none that has something to predict; give others.")
-        return chosen[np.argsort(own[chosen], kind="stable")]
+        cuts = self._cuts[at]
+        before = np.cumsum(cuts) - cuts
+        found: np.ndarray[Any, Any] = np.repeat(self._firsts[at] - before, cuts) + np.arange(int(cuts.sum()))
+        return found
 
     def _read_piece(self, place: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return a piece's ids and weights; its first token is predicted by nothing."""

@@ -13,13 +13,15 @@ from typing import IO, Any
 import numpy as np
 
 from compress.errors import UserError
-from compress.text import SEPARATOR, read_documents
+from compress.recover.data_rows import PAIRS
+from compress.text import SEPARATOR
 
 # One document: its file, its bytes, its line (.jsonl) and whether its text starts and ends here.
 ENTRY = np.dtype([("file", "<u4"), ("start", "<u8"), ("size", "<u8"), ("line", "<u8"), ("first", "?"), ("last", "?")])
 LINES, PLAIN, TABLES = (".jsonl", ".json"), (".txt", ""), (".parquet",)
 BLOCK = 2**20  # bytes read at once; a plain document above it is taken in pieces of about so many bytes
 MARK = SEPARATOR.encode()
+TABLE_ROWS = 256  # of a table, in memory at once
 ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = tuple[int, int, int, bool, bool]
@@ -96,11 +98,10 @@ class DocumentIndex:
         self.entries.append(np.array(block, ENTRY))
 
     def _copy_table(self, number: int, path: Path) -> Iterator[Row]:
-        """Copy a table's texts into a temporary file: its rows cannot be read by their bytes."""
+        """Copy a table's rows as JSON into a temporary file: they cannot be read by their bytes."""
         spool = self._tables[number] = Spool(np.dtype("u1"))
-        for line, text in enumerate(read_documents(path, self.field), 1):
-            data = text.encode()
-            start = spool.count
+        for line, row in read_table(path, self.field):
+            data, start = json.dumps(row, default=str).encode(), spool.count
             spool.append(np.frombuffer(data, "u1"))
             yield start, len(data), line, True, True
 
@@ -119,7 +120,7 @@ class DocumentIndex:
         file, start, size = int(entry["file"]), int(entry["start"]), int(entry["size"])
         first, last = bool(entry["first"]), bool(entry["last"])
         if file in self._tables:
-            return {self.field: self._tables[file].read(start, start + size).tobytes().decode()}, first, last
+            return json.loads(self._tables[file].read(start, start + size).tobytes()), first, last
         with self.paths[file].open("rb") as stream:
             stream.seek(start)
             data = stream.read(size)
@@ -130,6 +131,30 @@ class DocumentIndex:
         except UnicodeDecodeError as error:
             place = f"{self.paths[file]}: is not UTF-8 text (byte {start + error.start})"
             raise UserError(f"{place}; convert it first.") from error
+
+
+def read_table(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the values of each row of a Parquet file that says something (needs pyarrow).
+
+    Raises UserError for a file that is none, and for one without a column of text, chats or prompts.
+    """
+    try:
+        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 (optional and heavy)
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow.") from error
+    try:
+        table = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: is not a Parquet file; check the file.") from error
+    names, telling = table.schema_arrow.names, ("messages", *(pair[0] for pair in PAIRS), field)
+    if not set(telling) & set(names):
+        raise UserError(f"{path}: has no column '{field}' (it has {', '.join(names)}); set --field.")
+    line = 0
+    for batch in table.iter_batches(TABLE_ROWS):
+        for row in batch.to_pylist():
+            line += 1
+            if any(row.get(name) and (name == "messages" or str(row[name]).strip()) for name in telling):
+                yield line, {name: value for name, value in row.items() if value is not None}
 
 
 def parse_line(data: bytes, place: str) -> dict[str, Any]:

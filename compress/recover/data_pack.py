@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+
+Places = np.ndarray[Any, Any]
 
 
 def cut_document(size: int, length: int) -> list[tuple[int, int]]:
@@ -42,6 +45,20 @@ def pack_rows(sizes: Sequence[int], length: int) -> list[list[int]]:
         free.setdefault(room - size, []).append(row)
         rooms |= 1 << (room - size)
     return rows
+
+
+def cut_windows(places: Places, sizes: Places, most: int, room: int) -> Iterator[Places]:
+    """Yield neighbours among `places` to pack together: at most `most`, of at most `room` tokens or one place alone.
+
+    `sizes`: tokens of every place.
+    """
+    ends = np.cumsum(sizes[places], dtype=np.int64)
+    start, before = 0, 0
+    while start < len(places):
+        stop = int(np.searchsorted(ends, before + room, "right"))
+        stop = min(max(stop, start + 1), start + most)
+        yield places[start:stop]
+        start, before = stop, int(ends[min(stop, len(places)) - 1])
 
 
 def shuffle_places(count: int, *seed: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

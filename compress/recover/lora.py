@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.recover.parallel import gather_whole
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -51,7 +52,8 @@ class Adapter(nn.Module):
 
     def merge(self, weight: Tensor) -> Tensor:
         """Return the matrix `[out, in]` that the forward pass uses, in the adapter's own type."""
-        return torch.addmm(weight.to(self.a.dtype), self.b, self.a, alpha=self._scale)
+        whole, a, b = (gather_whole(one) for one in (weight, self.a, self.b))
+        return torch.addmm(whole.to(a.dtype), b, a, alpha=self._scale)
 
 
 def seed_adapters(options: LoraOptions, layer: int) -> torch.Generator:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.decoder import HALVES
 from compress.errors import UserError
+from compress.parallel import ALONE, Group
 
 KL, CE, MIX = "kl", "ce", "mix"
 KINDS = (KL, CE, MIX)
@@ -124,10 +125,17 @@ def score_tokens(objective: Objective, logits: Tensor, labels: Tensor, weights: 
     return loss + share * divergence(logits, target, weights)  # type: ignore[arg-type]
 
 
-def match_error(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum of |s - t|^2 / |t|^2 over tokens; streams `[tokens, hidden]` (our normalisation)."""
+def match_error(student: Tensor, teacher: Tensor, weights: Tensor, group: Group = ALONE) -> Tensor:
+    """Return the weighted sum of |s - t|^2 / |t|^2 over tokens; streams `[tokens, hidden]` (our normalisation).
+
+    The mean energy is that of all tokens of the `group`.
+    """
     energy = teacher.pow(2).mean(-1)
-    return weigh((student - teacher).pow(2).mean(-1) / (energy + FLOOR * energy.mean()), weights)
+    mean: Tensor | float = energy.mean()
+    if group.size > 1:
+        total, count = group.total(float(energy.sum(dtype=torch.float64)), len(energy))
+        mean = total / count
+    return weigh((student - teacher).pow(2).mean(-1) / (energy + FLOOR * mean), weights)
 
 
 def count_piece(vocab: int) -> int:

@@ -13,6 +13,7 @@ is made for a whole batch, by its longest document, as the reference implementat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch.utils.checkpoint import checkpoint as run_again
 
 from compress.checkpoint import Checkpoint
 from compress.decoder import PLAIN, Frame, Kernels, causal_mask, compute_logits, run_layer
+from compress.parallel import ALONE, Group
 from compress.recover.lora import Adapter, LoraOptions, seed_adapters
+from compress.recover.parallel import gather_whole, make_mesh, scatter_gradient, shard_module, shard_tensor
 from compress.rope import compute_tables
 from compress.spec import ModelSpec
 from compress.weights import Weights, embed_rows, fuse_parts, read_head, read_layer
@@ -110,11 +113,15 @@ def unpack_documents(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """How a student is built: adapters or all weights, layers run again in the backward pass, type of the masters."""
+    """How a student is built: adapters or all weights, layers run again in the backward pass, type of the masters.
+
+    `group`: the processes that share it, and the device of this one.
+    """
 
     lora: LoraOptions | None = None
     run_again: bool = False
     dtype: torch.dtype = torch.float32
+    group: Group = ALONE
 
 
 class StudentLayer(nn.Module):
@@ -123,6 +130,7 @@ class StudentLayer(nn.Module):
     def __init__(self, spec: ModelSpec, index: int, weights: Weights, options: StudentOptions) -> None:
         super().__init__()
         self._spec, self._layer, self._dtype = spec, spec.layers[index], options.dtype
+        self._again = options.run_again
         self.weights = nn.ParameterDict(make_parameters(weights, options))
         self.adapters = nn.ModuleDict()
         if options.lora is not None:
@@ -131,13 +139,38 @@ class StudentLayer(nn.Module):
                 self.adapters[role] = Adapter(weights[role].shape, options.lora, random, options.dtype)
 
     def collect(self) -> Weights:
-        """Return the tensors by role that the forward pass uses, adapters merged."""
-        found = {role: tensor.to(self._dtype) for role, tensor in self.weights.items() if role not in self.adapters}
+        """Return the tensors by role that the forward pass uses, adapters merged; of a group, by all of it together.
+
+        In the forward pass of a shared layer its parameters are whole already.
+        """
+        plain = {role: tensor for role, tensor in self.weights.items() if role not in self.adapters}
+        found = {role: gather_whole(tensor).to(self._dtype) for role, tensor in plain.items()}
         return found | {role: adapter.merge(self.weights[role]) for role, adapter in list_adapters(self.adapters)}
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         """Return the stream after the layer, `[rows, length, hidden]`."""
+        if not (self._again and torch.is_grad_enabled()):
+            return self._run(x, frame)
+        # Nothing in a layer is random, so that no random state needs keeping.
+        out: Any = run_again(self._run, x, frame, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _run(self, x: Tensor, frame: Frame) -> Tensor:
         return run_layer(self._spec, self._layer, self.collect(), x, frame)[0]
+
+
+class Stack(nn.ModuleList):
+    """The layers in their order; a module that runs, since FSDP2 wants one around those that it shards."""
+
+    def forward(self, x: Tensor, frame: Frame, taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the stream after the last layer, and those after the layers `taps`."""
+        tapped = {}
+        for index, layer in enumerate(self):
+            x = layer(x, frame)
+            if index in taps:
+                tapped[index] = x
+        return x, tapped
 
 
 def list_adapters(adapters: nn.ModuleDict) -> Iterator[tuple[str, Adapter]]:
@@ -155,16 +188,33 @@ def make_parameters(weights: Mapping[str, Tensor], options: StudentOptions) -> d
 
 
 class Student(nn.Module):
-    """A whole model as parameters: `layers`, `ends` (embed, final_norm, head; a tied head is the embedding itself)."""
+    """A whole model as parameters: `layers`, `ends` (embed, final_norm, head; a tied head is the embedding itself).
+
+    Shared by a group, its parameters are DTensors; use its ends within `open_ends`.
+    """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, options: StudentOptions | None = None) -> None:
         super().__init__()
         options = options or StudentOptions()
-        self.spec, self.options = spec, options
-        self.ends = nn.ParameterDict(make_parameters(read_ends(checkpoint, spec), options))
-        self.layers = nn.ModuleList(
-            StudentLayer(spec, index, read_layer(checkpoint, spec, index), options) for index in range(len(spec.layers))
-        )
+        self.spec, self.options, self.group = spec, options, options.group
+        self._mesh, self._whole = make_mesh(options.group), dict[str, Tensor]()
+        self.ends = nn.ParameterDict(self._place(make_parameters(read_ends(checkpoint, spec), options)))
+        self.layers = Stack(self._make_layer(checkpoint, index) for index in range(len(spec.layers)))
+        shard_module(self.layers, self._mesh)
+
+    def _place(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return the ends on the device; of a group, each process keeps its rows."""
+        placed = {role: one.detach().to(self.group.device) for role, one in parameters.items()}
+        if self._mesh is not None:
+            placed = {role: shard_tensor(one, self._mesh) for role, one in placed.items()}
+        return {role: nn.Parameter(placed[role], one.requires_grad) for role, one in parameters.items()}
+
+    def _make_layer(self, checkpoint: Checkpoint, index: int) -> StudentLayer:
+        """Read one layer; of a group, each process keeps its rows, so that one whole layer exists at a time."""
+        layer = StudentLayer(self.spec, index, read_layer(checkpoint, self.spec, index), self.options)
+        layer.to(self.group.device)
+        shard_module(layer, self._mesh)
+        return layer
 
     def forward(
         self, ids: Tensor, documents: Tensor | None = None, taps: Sequence[int] = ()
@@ -172,26 +222,38 @@ class Student(nn.Module):
         """Return the last stream `[rows, length, hidden]`, and the streams after the layers `taps`."""
         layout = lay_out(self.spec, ids, documents, self.options.dtype)
         x = F.embedding(layout.ids, self.end("embed")) * self.spec.embedding_multiplier
-        tapped = {}
-        for index, layer in enumerate(self.layers):
-            x = self._run_layer(layer, x, layout.frame)
-            if index in taps:
-                tapped[index] = layout.restore(x)
-        return layout.restore(x), tapped
+        last, tapped = self.layers(x, layout.frame, taps)
+        return layout.restore(last), {index: layout.restore(x) for index, x in tapped.items()}
 
-    def _run_layer(self, layer: nn.Module, x: Tensor, frame: Frame) -> Tensor:
-        if not (self.options.run_again and torch.is_grad_enabled()):
-            out: Any = layer(x, frame)
-        else:  # nothing in a layer is random, so that no random state needs keeping
-            out = run_again(layer, x, frame, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(out, Tensor)
-        return out
+    @contextmanager
+    def open_ends(self) -> Iterator[None]:
+        """Hold the ends whole within the block; at its end each process gets its rows of their mean gradients.
+
+        Enter it once for a step, not for each batch: gradients add up within it.
+        """
+        if self._mesh is None:
+            yield
+            return
+        for role, one in self.ends.items():
+            self._whole[role] = gather_whole(one.detach()).requires_grad_(one.requires_grad)
+        try:
+            yield
+        finally:
+            whole, self._whole = self._whole, {}
+        if any(one.grad is not None for one in whole.values()):  # in all processes or in none: they run batches alike
+            for role in [role for role, one in whole.items() if one.requires_grad]:
+                one = whole.pop(role)
+                gradient = torch.zeros_like(one) if one.grad is None else one.grad
+                self.ends[role].grad = scatter_gradient(gradient, self._mesh)
 
     def end(self, role: str) -> Tensor:
         """Return embed, final_norm or head in the type that the forward pass uses."""
-        name = "embed" if role == "head" and self.spec.shape.tied else role
-        found: Tensor = self.ends[name]
+        name = self._name_end(role)
+        found: Tensor = self.ends[name] if self._mesh is None else self._whole[name]
         return found.to(self.options.dtype)
+
+    def _name_end(self, role: str) -> str:
+        return "embed" if role == "head" and self.spec.shape.tied else role
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits `[..., vocab]` of the last stream `x` `[..., hidden]`."""
@@ -201,16 +263,19 @@ class Student(nn.Module):
         """Return the parameters that training changes, by name, always in the same order."""
         return {name: tensor for name, tensor in self.named_parameters() if tensor.requires_grad}
 
+    @torch.no_grad()
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor under its stored name, fused as stored, adapters merged, a tied matrix once per name."""
+        """Yield every tensor under its stored name, fused as stored, adapters merged, a tied matrix once per name.
+
+        All processes of a group must take all of them: each is whole in each process while it is yielded.
+        """
         names = {self.spec.names[role]: role for role in ("head", "final_norm", "embed")}
         for name, role in names.items():
-            yield name, self.end(role).detach()
-        with torch.no_grad():
-            for place, layer in enumerate(self.layers):
-                assert isinstance(layer, StudentLayer)
-                for role, tensor in fuse_parts(self.spec.layers[place], layer.collect()).items():
-                    yield self.spec.layers[place].names[role], tensor.detach()
+            yield name, gather_whole(self.ends[self._name_end(role)].detach()).to(self.options.dtype)
+        for place, layer in enumerate(self.layers):
+            assert isinstance(layer, StudentLayer)
+            for role, tensor in fuse_parts(self.spec.layers[place], layer.collect()).items():
+                yield self.spec.layers[place].names[role], tensor.detach()
 
 
 def read_ends(checkpoint: Checkpoint, spec: ModelSpec) -> Weights:
@@ -232,33 +297,46 @@ def estimate_activations(spec: ModelSpec, tokens: int) -> int:
 
 
 class Frozen:
-    """A model that is run, never trained: its layers from memory (`resident`) or read from disk each time."""
+    """A model that is run, never trained: its layers from memory (`resident`) or read from disk each time.
+
+    It runs on `device`, whatever its batches lie on.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, resident: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        resident: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self.spec = spec
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._ends = read_head(checkpoint, spec, dtype)
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device or torch.device("cpu")
+        self._ends = self._move(read_head(checkpoint, spec, dtype))
         self._layers = [self._read(index) for index in range(len(spec.layers))] if resident else []
-        self._embed = checkpoint.read_one(spec.names["embed"], dtype) if resident and not spec.shape.tied else None
+        whole = resident and not spec.shape.tied
+        self._embed = checkpoint.read_one(spec.names["embed"], dtype).to(self._device) if whole else None
+
+    def _move(self, weights: Weights) -> Weights:
+        return {role: tensor.to(self._device) for role, tensor in weights.items()}
 
     def _embed_ids(self, ids: Tensor) -> Tensor:
         """Return scaled embeddings; rows in use are read from disk where the whole matrix is not in memory."""
         table = self._ends["head"] if self.spec.shape.tied else self._embed
         if table is None:
-            return embed_rows(self._checkpoint, self.spec, ids, self._dtype)
+            return embed_rows(self._checkpoint, self.spec, ids.cpu(), self._dtype).to(self._device)
         return F.embedding(ids, table) * self.spec.embedding_multiplier
 
     def _read(self, index: int) -> Weights:
-        return read_layer(self._checkpoint, self.spec, index, self._dtype)
+        return self._move(read_layer(self._checkpoint, self.spec, index, self._dtype))
 
     @torch.no_grad()
     def streams(
         self, batches: Sequence[tuple[Tensor, Tensor]], taps: Sequence[int] = ()
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
         """Return the last streams of (ids, documents) pairs and those after the layers `taps`; each layer read once."""
-        layouts = [lay_out(self.spec, ids, documents, self._dtype) for ids, documents in batches]
+        here = [(ids.to(self._device), documents.to(self._device)) for ids, documents in batches]
+        layouts = [lay_out(self.spec, ids, documents, self._dtype) for ids, documents in here]
         streams = [self._embed_ids(layout.ids) for layout in layouts]
         tapped: dict[int, list[Tensor]] = {}
         for index, layer in enumerate(self.spec.layers):

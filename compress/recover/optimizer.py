@@ -1,7 +1,7 @@
 """AdamW and a running mean of weights, in plain operations on tensors.
 
 `torch.optim` imports torch's compiler, seconds and tens of megabytes that nothing here uses; a test holds this equal
-to it.
+to it. Of parameters that a group of processes shares, each process changes its own rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from compress.recover.parallel import own_part
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class AdamW:
         self.steps += 1
         for name, tensor in self.parameters.items():
             if tensor.grad is not None:
-                self._update(tensor, tensor.grad, self.first[name], self.second[name], rate)
+                held = (tensor, tensor.grad, self.first[name], self.second[name])
+                own, gradient, first, second = (own_part(one) for one in held)
+                self._update(own, gradient, (first, second), rate)
 
-    def _update(self, tensor: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float) -> None:
+    def _update(self, tensor: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float) -> None:
         """Change one parameter in place; one temporary tensor of its size exists at a time."""
-        (fast, slow), options = self.options.betas, self.options
+        (fast, slow), options, (first, second) = self.options.betas, self.options, moments
         if options.decay and tensor.ndim > 1:
             tensor.mul_(1 - rate * options.decay)
         first.lerp_(gradient, 1 - fast)
@@ -65,12 +69,13 @@ class Average:
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Move the mean towards the parameters by 1 - keep."""
         for name, tensor in parameters.items():
-            self.values[name].lerp_(tensor, 1 - self._keep)
+            own_part(self.values[name]).lerp_(own_part(tensor), 1 - self._keep)
 
     @torch.no_grad()
     def swap(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Exchange the mean and the parameters; a second call undoes it."""
         for name, tensor in parameters.items():
-            held = tensor.detach().clone()
-            tensor.copy_(self.values[name])
-            self.values[name].copy_(held)
+            own, mean = own_part(tensor), own_part(self.values[name])
+            held = own.detach().clone()
+            own.copy_(mean)
+            mean.copy_(held)

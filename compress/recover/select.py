@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,14 +58,23 @@ def measure_losses(model: Model, stream: DataStream, report: Report | None = Non
     return losses
 
 
-def group_documents(stream: DataStream) -> Iterator[list[int]]:
-    """Yield the numbers of documents in use, of similar length together, so that little is padding."""
-    counts = stream.token_counts().clip(max=stream.options.length)
+def group_documents(
+    stream: DataStream, chosen: Sequence[int] | None = None, tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the numbers of documents in use, of similar length together, so that little is padding.
+
+    `chosen`: only these; `tokens`: of a group with its padding (or one document alone).
+    """
+    counts, most = stream.token_counts().clip(max=stream.options.length), tokens or TOKENS
+    if chosen is not None:
+        own = np.zeros_like(counts)
+        own[list(chosen)] = counts[list(chosen)]
+        counts = own
     group: list[int] = []
     for number in counts.argsort(kind="stable").tolist():
         if counts[number] == 0:
             continue
-        if group and (len(group) + 1) * int(counts[number]) > TOKENS:
+        if group and (len(group) + 1) * int(counts[number]) > most:
             yield group
             group = []
         group.append(number)

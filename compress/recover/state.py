@@ -4,7 +4,8 @@
     WORK/loss.csv                one row for each step
     WORK/run.json                what the run was asked for: only the same may be resumed
 
-A state is a folder of CheckpointWriter: written to a sibling, synced, renamed last. The last two are kept.
+A state is a folder of CheckpointWriter: written to a sibling, synced, renamed last. The last two are kept. It holds
+whole tensors whatever number of processes wrote it, so that any other number may go on from it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import open_checkpoint
-from compress.checkpoint_writer import CheckpointWriter
+from compress.checkpoint_writer import CheckpointWriter, write_atomically
 from compress.errors import UserError
 from compress.recover.loop import History, StepReport, Trainer, check_finite
-from compress.recover.teacher import write_atomically
+from compress.recover.parallel import gather_whole, own_part, own_rows
 
 PREFIX, KEPT, RUN_NAME = "state-", 2, "run.json"
 CURVE_NAME = "loss.csv"
@@ -38,18 +39,30 @@ def list_states(work: Path) -> list[Path]:
 
 
 def save_state(work: Path, trainer: Trainer) -> Path:
-    """Save where a run stands and remove all but the last states; Diverged where a parameter is not finite."""
+    """Save where a run stands and remove all but the last states; Diverged where a parameter is not finite.
+
+    A group gathers one tensor at a time, in every process, and the first one writes it.
+    """
     check_finite(trainer)
     folder = work / f"{PREFIX}{trainer.history.step:08d}"
+    if trainer.group.first:
+        write_state(folder, trainer)
+        for old in list_states(work)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        for tensor in list_tensors(trainer).values():
+            gather_whole(tensor.detach())
+    return folder
+
+
+def write_state(folder: Path, trainer: Trainer) -> None:
+    """Write all that a run needs to go on."""
     facts = {"history": asdict(trainer.history), "moments": trainer.optimizer.steps}
     with CheckpointWriter(folder, facts, overwrite=True) as writer:
         for name, tensor in list_tensors(trainer).items():
-            writer.add(name, tensor)
+            writer.add(name, gather_whole(tensor.detach()))
         writer.add("random", torch.get_rng_state())
         writer.finish()
-    for old in list_states(work)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def list_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -65,14 +78,18 @@ def list_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def load_state(folder: Path, trainer: Trainer) -> None:
-    """Put a trainer where a saved run stood, to the bit; UserError where the state is another model's."""
+    """Put a trainer where a saved run stood, to the bit; UserError where the state is another model's.
+
+    Each process of a group reads the rows that it holds.
+    """
     state = open_checkpoint(folder)
     wanted = list_tensors(trainer)
     with torch.no_grad():
         for name, tensor in wanted.items():
             if name not in state.tensors or state.tensors[name].shape != tuple(tensor.shape):
                 raise UserError(f"{folder} is the state of another model; delete its folder to start again.")
-            tensor.copy_(state.read_one(name))
+            rows = own_rows(tensor)
+            own_part(tensor).copy_(state.read_slice(name, rows.start, rows.stop))
     torch.set_rng_state(state.read_one("random"))
     trainer.history = History(**state.config["history"])
     trainer.optimizer.steps = int(state.config["moments"])

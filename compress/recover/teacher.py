@@ -26,7 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from compress.checkpoint_writer import sync_path, write_atomically
 from compress.errors import UserError
+from compress.parallel import ALONE, Group
 from compress.recover.losses import Target, Top, count_piece, widen
 from compress.recover.model import Frozen
 from compress.spec import ModelSpec
@@ -174,12 +176,12 @@ def pack_scores(logits: Tensor, form: Form) -> npt.NDArray[Any]:
     values, ids = z.topk(form.k, -1)
     tail = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - total[:, 0]
     records = np.empty(len(z), form.record)
-    numbers = ids.numpy()
+    numbers = ids.cpu().numpy()
     records["low"] = numbers & 0xFFFF
     if form.wide:
         records["high"] = numbers >> 16
-    records["values"], records["tail"] = (values - total).numpy(), tail.clamp(min=-6e4).numpy()
-    records["total"] = total[:, 0].numpy()
+    records["values"], records["tail"] = (values - total).cpu().numpy(), tail.clamp(min=-6e4).cpu().numpy()
+    records["total"] = total[:, 0].cpu().numpy()
     return records
 
 
@@ -246,15 +248,24 @@ def list_missing(folder: Path, plan: Plan) -> list[int]:
 
 
 def fill_cache(
-    folder: Path, plan: Plan, model: Frozen, batches: Callable[[int], Iterator[Batch]], progress: Progress
+    folder: Path,
+    plan: Plan,
+    model: Frozen,
+    batches: Callable[[int], Iterator[Batch]],
+    progress: Progress,
+    group: Group = ALONE,
 ) -> None:
-    """Score all batches that no finished shard holds; `batches(start)` yields them from number `start` on."""
-    shards, missing = count_shards(plan), list_missing(folder, plan)
-    for done, shard in enumerate(missing):
-        progress("score", shards - len(missing) + done, shards)
+    """Score all batches that no finished shard holds; `batches(start)` yields them from number `start` on.
+
+    The processes of a group take turns at the shards, and return when all are there.
+    """
+    shards, missing = count_shards(plan), group.tell(list_missing(folder, plan))
+    for done, shard in enumerate(missing[group.rank :: group.size]):
+        progress("score", shards - len(missing) + done * group.size, shards)
         start = shard * plan.per_shard
         chosen = list(islice(batches(start), min(plan.per_shard, plan.batches - start)))
         write_shard(shard_path(folder, shard), plan.form, model, chosen)
+    group.wait()
     progress("score", shards, shards)
 
 
@@ -281,7 +292,7 @@ def write_shard(path: Path, form: Form, model: Frozen, batches: Sequence[Batch])
     else:
         records.flush()
         del records
-    sync_file(partial)
+    sync_path(partial)
     partial.replace(path)
 
 
@@ -297,23 +308,6 @@ def checksum(batch: Batch) -> int:
     for part in parts:
         total = zlib.crc32(part.contiguous().numpy().tobytes(), total)
     return total
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file by one rename."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(data)
-    sync_file(partial)
-    partial.replace(path)
-
-
-def sync_file(path: Path) -> None:
-    """Put a file on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class CachedTeacher:

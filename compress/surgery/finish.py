@@ -47,16 +47,19 @@ def fit_final_norm(
 
 
 def sample_tokens(job: Rebuild, streams: Streams, count: int) -> tuple[Tensor, Tensor]:
-    """Return `count` ordinary tokens of both streams, spread over the windows."""
+    """Return `count` ordinary tokens of both streams, spread over the windows of all processes."""
     usable = streams.counted.nonzero().flatten().tolist()
-    each = max(1, -(-count // len(usable)))
-    dense, pruned = [], []
+    each = max(1, -(-count // sum(job.group.gather(len(usable)))))
+    dense, pruned = ([torch.zeros(0, store.shape[2])] for store in (streams.dense, streams.pruned))
     for place in usable:
         x = streams.dense.read(place, place + 1)
         spots = ordinary_tokens(x)[0][0].nonzero().flatten()
         spots = spots[torch.linspace(0, len(spots) - 1, min(each, len(spots))).long()] if len(spots) else spots
         dense.append(x[0, spots])
         pruned.append(streams.pruned.read(place, place + 1)[0, spots])
+    # Few enough for every process to hold all: each fits the same norm to the same tokens.
+    pairs = job.group.gather((torch.cat(dense), torch.cat(pruned)))
+    dense, pruned = (list(each) for each in zip(*pairs, strict=True))
     found = sum(map(len, dense))
     # Evenly thinned: cutting off the rest would leave out the last windows.
     picked = torch.linspace(0, max(found - 1, 0), min(count, found)).round().long()

@@ -7,13 +7,17 @@ earlier layers left (our derivation; the constant alone is the `calibrated` rule
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from compress.decoder import apply_norm
+from compress.hidden import batches
+from compress.parallel import Group
 from compress.solve import RIDGE, invert_gram, raise_ridge, ridge_level
 from compress.stats import Moments, ordinary_tokens
 from compress.surgery.job import Half, Rebuild, Streams, Weights
@@ -37,6 +41,10 @@ class ScaleSums:
         """Add tokens `[tokens, hidden]`."""
         self.product += float((wanted * present).sum(dtype=torch.float64))
         self.square += float(present.pow(2).sum(dtype=torch.float64))
+
+    def reduce(self, group: Group) -> None:
+        """Become the sums of all processes' tokens."""
+        self.product, self.square = group.total(self.product, self.square)
 
     @property
     def constant(self) -> float:
@@ -62,8 +70,9 @@ def fit_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> None:
 def gather_scale(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> ScaleSums:
     """Compare the norm's output on both streams, token by token."""
     sums = ScaleSums()
-    for wanted, present in normed_tokens(job, streams, half, pair):
+    for wanted, present in normed_tokens(job, streams, half, pair, order_spans(streams)):
         sums.update(job.narrow(wanted), present)
+    sums.reduce(job.group)
     return sums
 
 
@@ -71,23 +80,48 @@ def gather_inputs(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Mom
     """Return the moments of the pruned model's normed stream with the dense one's as targets."""
     moments = Moments.empty(job.new.shape.hidden, job.old.shape.hidden)
     enough = max(TOKENS_PER_INPUT * job.new.shape.hidden, TOKENS_TIMES_INPUTS // job.new.shape.hidden)
-    for wanted, present in normed_tokens(job, streams, half, pair):
+    for wanted, present in normed_tokens(job, streams, half, pair, choose_spans(job, streams, enough)):
         moments.update(present, wanted)
-        if moments.count >= enough:
-            break
+    moments.reduce(job.group)
     return moments
 
 
-def normed_tokens(job: Rebuild, streams: Streams, half: Half, pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ordinary tokens `[tokens, hidden]` of what the half reads: the dense model's, the pruned model's."""
+def order_spans(streams: Streams) -> list[tuple[int, int]]:
+    """Return groups of all processes' windows in strides: whoever stops early has seen all parts of the text."""
+    spans = list(batches(streams.total, streams.dense.shape[1]))
+    return [span for first in range(STRIDE) for span in spans[first::STRIDE]]
+
+
+def choose_spans(job: Rebuild, streams: Streams, enough: int) -> list[tuple[int, int]]:
+    """Return the first of the ordered groups of windows that hold `enough` ordinary tokens together, or all."""
+    spans = order_spans(streams)
+    if streams.total * streams.dense.shape[1] <= enough:
+        return spans
+    masks = [read_ordinary(streams, start, stop)[1].sum(1) for start, stop in streams.spans()]
+    counts = torch.cat(job.group.gather(torch.cat([torch.zeros(0, dtype=torch.int64), *masks])))
+    seen = list(accumulate(int(counts[start:stop].sum()) for start, stop in spans))
+    return spans[: bisect_left(seen, enough) + 1]
+
+
+def read_ordinary(streams: Streams, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return windows of the dense stream, and a mask `[windows, length]` of the tokens that count."""
+    x = streams.dense.read(start, stop)
+    return x, ordinary_tokens(x)[0] & streams.counted[start:stop, None]
+
+
+def normed_tokens(
+    job: Rebuild, streams: Streams, half: Half, pair: Pair, spans: Iterable[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ordinary tokens `[tokens, hidden]` of what the half reads: the dense model's, the pruned model's.
+
+    `spans` count the windows of all processes; this one gives what it holds of them.
+    """
     cut, reference = pair
-    spans = list(streams.spans())
-    # In strides, so that whoever stops early has seen all parts of the text.
-    for start, stop in (span for first in range(STRIDE) for span in spans[first::STRIDE]):
-        x = streams.dense.read(start, stop)
-        mask = ordinary_tokens(x)[0] & streams.counted[start:stop, None]
-        wanted = apply_norm(job.old, reference, half.reads, x[mask])
-        yield wanted, apply_norm(job.new, cut, half.reads, streams.pruned.read(start, stop)[mask])
+    for start, stop in (streams.clip(*span) for span in spans):
+        if start < stop:
+            x, mask = read_ordinary(streams, start, stop)
+            wanted = apply_norm(job.old, reference, half.reads, x[mask])
+            yield wanted, apply_norm(job.new, cut, half.reads, streams.pruned.read(start, stop)[mask])
 
 
 def refit_reader(job: Rebuild, role: str, pair: Pair, moments: Moments, maps: dict[bool, Maps]) -> None:

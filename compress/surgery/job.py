@@ -13,6 +13,7 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Frame, attention_context, mlp_activation
 from compress.errors import UserError
 from compress.hidden import HiddenStore, batches
+from compress.parallel import ALONE, Group
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.spec import ModelSpec
@@ -44,7 +45,8 @@ class Streams:
 
     `counted` `[windows]` says which windows the solves may learn from (others only pass through, to be measured);
     `branch` holds what a repair aims at when that is not the dense stream itself; `before` holds the pruned stream
-    ahead of a layer when the layer is refined. A store that no step needs has width 0.
+    ahead of a layer when the layer is refined. A store that no step needs has width 0. All are of this process's
+    windows: those from `first` on of the `total` that the group's processes hold.
     """
 
     dense: HiddenStore
@@ -55,15 +57,22 @@ class Streams:
     counted: Tensor
     mask: Tensor
     scale: Tensor
+    first: int
+    total: int
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield groups of windows."""
         return batches(*self.dense.shape[:2])
 
+    def clip(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where this process's part of the windows `start:stop` of all processes lies in its stores."""
+        own = self.dense.shape[0]
+        return min(max(start - self.first, 0), own), min(max(stop - self.first, 0), own)
+
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What pass 2 works on: the dense model, the new model, the plan, and how to repair."""
+    """What pass 2 works on: the dense model, the new model, the plan, how to repair, and who shares the text."""
 
     checkpoint: Checkpoint
     old: ModelSpec
@@ -71,6 +80,7 @@ class Rebuild:
     plan: Plan
     recipe: Recipe
     types: Mapping[str, torch.dtype]
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
         """Refuse repairs for which the plan leaves nothing to do (a plan may come from a file)."""
@@ -131,7 +141,10 @@ def half_inputs(
 
 
 def open_streams(stack: ExitStack, job: Rebuild, windows: Windows, measured: int = 0) -> Streams:
-    """Allocate the streams and what the recipe needs beside them; the last `measured` windows teach nothing."""
+    """Allocate the streams and what the recipe needs beside them; the last `measured` windows teach nothing.
+
+    `windows` and `measured` are this process's.
+    """
     count, length = windows.ids.shape
     new = job.new.shape.hidden
     widest = max(max(layer.shape.query, layer.shape.ffn) for layer in job.new.layers)
@@ -143,7 +156,9 @@ def open_streams(stack: ExitStack, job: Rebuild, windows: Windows, measured: int
     counted = torch.arange(count) < count - measured
     dense, pruned, inputs, branch, before = stores
     mask, scale = torch.ones(count, length, dtype=torch.bool), torch.ones(count, length, 1)
-    return Streams(dense, pruned, inputs, branch, before, counted, mask, scale)
+    counts = job.group.gather(count)
+    first, total = sum(counts[: job.group.rank]), sum(counts)
+    return Streams(dense, pruned, inputs, branch, before, counted, mask, scale, first, total)
 
 
 def start_pruned(new: ModelSpec, windows: Windows, streams: Streams, embed: Tensor) -> None:

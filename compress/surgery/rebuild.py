@@ -156,6 +156,7 @@ def gather_moments(
             wanted = wanted_change(job, streams, start, stop, x)
             scaled = inputs * scale if half.norm in cut else inputs
             moments.update(scaled[mask], target(wanted, scaled, scale)[mask])
+    moments.reduce(job.group)
     return moments
 
 
@@ -211,5 +212,6 @@ def refit_norm(job: Rebuild, streams: Streams, half: Half, cut: Weights) -> Tens
         product += (unit * wanted).sum(0, dtype=torch.float64) / job.new.residual_multiplier
         square += unit.pow(2).sum(0, dtype=torch.float64)
         count += len(raw)
-    damping = RIDGE * count
+    job.group.add((product, square))
+    damping = RIDGE * job.group.total(count)[0]
     return ((product + damping * gain) / (square + damping) - job.new.norm_offset).float()

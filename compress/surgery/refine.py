@@ -6,17 +6,22 @@ The closed forms solve one projection at a time. This minimises, over every tens
 
 by stochastic gradient steps on calibration activations. It sees no labels and no loss of the whole model, and only
 one layer's graph exists (block reconstruction as in BRECQ, arXiv 2102.05426, and methods 8.11; our form).
+
+Processes that share the text take each step together: all draw the same windows, each differentiates those it holds,
+and the gradients are summed. A step's few windows may lie with one process; the others wait.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from compress.decoder import make_frame, run_layer
+from compress.hidden import HiddenStore
+from compress.parallel import Group
 from compress.surgery.job import Rebuild, Streams, Weights
 
 WINDOWS = 4  # of the calibration text in one step
@@ -26,7 +31,7 @@ DECAYS = (0.9, 0.98)
 
 def refine_layer(job: Rebuild, streams: Streams, cut: Mapping[str, Tensor], place: int) -> Weights:
     """Return the layer's weights, float32, after `job.refine_steps` steps from `cut`, or `cut` where none helps."""
-    usable = streams.counted.nonzero().flatten()
+    usable = torch.cat(job.group.gather(streams.counted.nonzero().flatten() + streams.first))
     refined = take_steps(job, streams, cut, place, usable)
     # Steps have the size of the weights, not of the error: a layer that lost nothing would be shaken by rounding noise.
     before, after = (total_error(job, streams, weights, place, usable) for weights in (cut, refined))
@@ -34,7 +39,10 @@ def refine_layer(job: Rebuild, streams: Streams, cut: Mapping[str, Tensor], plac
 
 
 def take_steps(job: Rebuild, streams: Streams, cut: Mapping[str, Tensor], place: int, usable: Tensor) -> Weights:
-    """Return the layer's weights after `job.refine_steps` steps from `cut` on windows drawn from `usable`."""
+    """Return the layer's weights after `job.refine_steps` steps from `cut` on windows drawn from `usable`.
+
+    Windows are counted over all processes.
+    """
     steps = job.refine_steps
     random = torch.Generator().manual_seed(job.recipe.seed + place)
     with torch.enable_grad():
@@ -47,26 +55,50 @@ def take_steps(job: Rebuild, streams: Streams, cut: Mapping[str, Tensor], place:
                 group["lr"] = rate * max(group["size"], 1e-3)
             places = usable[torch.randperm(len(usable), generator=random)[:WINDOWS]]
             optimizer.zero_grad(set_to_none=True)
-            block_error(job, streams, weights, place, places).backward()  # type: ignore[no-untyped-call]
+            error = block_error(job, streams, weights, place, places)
+            if error.requires_grad:
+                error.backward()  # type: ignore[no-untyped-call]
+            add_gradients(job.group, weights)
             optimizer.step()
     return {role: tensor.detach() for role, tensor in weights.items()}
+
+
+def add_gradients(group: Group, weights: Mapping[str, Tensor]) -> None:
+    """Give every process the sum of all gradients; one that held none of a step's windows has none of its own."""
+    if group.size > 1:
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            group.add((weight.grad,))
 
 
 def total_error(
     job: Rebuild, streams: Streams, weights: Mapping[str, Tensor], place: int, usable: Tensor
 ) -> float:
     """Return the mean of the relative squared error over all windows `usable`, a few at a time."""
-    groups = torch.split(usable, WINDOWS)
-    return sum(len(group) * float(block_error(job, streams, weights, place, group)) for group in groups) / len(usable)
+    parts = [len(few) * float(block_error(job, streams, weights, place, few)) for few in torch.split(usable, WINDOWS)]
+    return job.group.total(sum(parts))[0] / len(usable)
 
 
 def block_error(
     job: Rebuild, streams: Streams, weights: Mapping[str, Tensor], place: int, places: Tensor
 ) -> Tensor:
-    """Return the mean relative squared error of the layer's output over the windows `places`."""
-    before = torch.cat([streams.before.read(i, i + 1) for i in places.tolist()])
-    wanted = job.narrow(torch.cat([streams.dense.read(i, i + 1) for i in places.tolist()]))
+    """Return this process's part of the mean relative squared error of the layer's output over windows `places`.
+
+    `places` are counted over all processes, whose parts add up to the mean.
+    """
+    spans = [span for span in (streams.clip(i, i + 1) for i in places.tolist()) if span[0] < span[1]]
+    wanted = job.narrow(read_spans(streams.dense, spans))
+    energy, tokens = wanted.pow(2).mean(-1), len(places) * wanted.shape[1]
+    mean = energy.sum()
+    job.group.add((mean,))
+    if not spans:
+        return torch.zeros(())
+    before = read_spans(streams.before, spans)
     frame = make_frame(job.new, *before.shape[:2])
     after, _ = run_layer(job.new, job.new.layers[place], weights, before, frame)
-    energy = wanted.pow(2).mean(-1)
-    return ((after - wanted).pow(2).mean(-1) / (energy + 1e-3 * energy.mean())).mean()
+    return ((after - wanted).pow(2).mean(-1) / (energy + 1e-3 * (mean / tokens))).sum() / tokens
+
+
+def read_spans(store: HiddenStore, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Return some windows of a stream, one after the other; maybe none."""
+    return torch.cat([store.read(start, stop) for start, stop in spans]) if spans else store.read(0, 0)

@@ -25,13 +25,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.calibrate import fill_embeddings
+from compress.calibrate import fill_embeddings, share_text
 from compress.checkpoint import STEP, Checkpoint
 from compress.decoder import attention_branch, attention_context, make_frame, mlp_activation, mlp_branch
 from compress.errors import UserError
 from compress.family import NORM_ROLES
 from compress.hidden import HiddenStore, batches, release_memory
 from compress.importance.findings import Findings
+from compress.parallel import ALONE, Group
 from compress.spec import LayerSpec, ModelSpec, role_axes
 from compress.stats import Moments, ordinary_tokens
 from compress.text import Windows
@@ -194,14 +195,17 @@ def read_role(spec: ModelSpec, layer: LayerSpec, role: str) -> Reading:
     return Reading(name, INPUTS, layer.names[norm] if norm else "")
 
 
-def collect_stream_gram(checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, spill_bytes: int = 2**30) -> Tensor:
+def collect_stream_gram(
+    checkpoint: Checkpoint, spec: ModelSpec, windows: Windows, spill_bytes: int = 2**30, group: Group = ALONE
+) -> Tensor:
     """Return the mean of u u^T `[hidden, hidden]` in float64 over the inputs of all norms; one layer in memory.
 
     u is what a norm gives out before its gain, x / sqrt(mean(x^2) + eps): the norm removes the stream's scale, and
-    without that the last layers would decide alone. Sinks are left out (methods 7.4). Raises UserError where the model
-    cannot be rotated or where no token is left.
+    without that the last layers would decide alone. Sinks are left out (methods 7.4). The processes of a `group` run
+    their shares of the windows. Raises UserError where the model cannot be rotated or where no token is left.
     """
     require_rotatable(spec)
+    windows = share_text(group, windows)
     moments = Moments.empty(spec.shape.hidden)
     with HiddenStore((*windows.ids.shape, spec.shape.hidden), spill_bytes) as store:
         fill_embeddings(checkpoint, spec, windows, store)
@@ -213,6 +217,7 @@ def collect_stream_gram(checkpoint: Checkpoint, spec: ModelSpec, windows: Window
         for start, stop in batches(*windows.ids.shape):
             x = store.read(start, stop)
             add_unit(moments, x[ordinary_tokens(x)[0]], spec.eps)
+    moments.reduce(group)
     if not moments.count:
         raise UserError(f"{windows.source}: every token is the first of its window or a sink; give more text.")
     return moments.gram / moments.count
