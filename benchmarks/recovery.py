@@ -13,7 +13,8 @@ reads ten times as many tokens of the same kind of text, which the held-out wind
 
 `excess` is ln(perplexity / dense perplexity) on 200 held-out windows of 256 tokens; `closed` is the share of a start's
 excess that training took away. Starts: `default` is the default recipe. `good` (CLAP, SLNP, least squares) and `plain`
-(nothing after the cut) share one plan: equal layers, hidden and FFN channels; `paper` is CLAP and SLNP alone.
+(nothing after the cut) share one plan: equal layers, hidden and FFN channels; `paper` is CLAP and SLNP alone, `slnp`
+SLNP alone, and `repaired` SLNP and least squares without CLAP.
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ STEP = 4  # kept channels of the plans that `good` and `plain` share
 PAGE, PAGES, TEST_PAGES = 4000, 450, 70  # characters in a page of a book, and pages read
 ASKED = ("recall", "sums", "tracking")  # kinds whose prompt decides the answer; to agree, many verbs would do
 TASKS, TEST_TASKS = 1500, 150  # of each kind
+OWN_GROUPS = ("plain", "repaired", "slnp")  # starts without CLAP: groups of dropped layers go with them
 # What `compress` is told for each start, beside the plan that all but `default` share.
 STARTS = {
     "default": (),
     "good": ("--norms", "slnp", "--repair", "lstsq", "--refine", "0"),
+    "repaired": ("--norms", "slnp", "--repair", "lstsq", "--refine", "0"),
     "paper": ("--norms", "slnp", "--repair", "none", "--inputs", "none", "--refine", "0"),
+    "slnp": ("--norms", "slnp", "--repair", "none", "--inputs", "none", "--refine", "0"),
     "plain": ("--norms", "none", "--repair", "none", "--inputs", "none", "--refine", "0"),
 }
 
@@ -284,11 +288,11 @@ def measure_dense(case: Case, results: Results) -> dict[str, Any]:
 
 
 def write_plan(case: Case, keep: float, start: str) -> Path:
-    """Write the plan that all starts but the default share; `plain` has no groups that live on."""
+    """Write the plan that all starts but the default share; without CLAP no groups live on."""
     path = case.work / f"plan-{keep:g}.json"
     if not path.exists():
         path.write_text(json.dumps(plan_joint(case, keep).to_json()))
-    if start != "plain":
+    if start not in OWN_GROUPS:
         return path
     plan = json.loads(path.read_text())
     count = read_spec(open_checkpoint(case.dense)).shape.layers[0].kv_heads
@@ -342,9 +346,10 @@ def train(case: Case, results: Results, run: Run) -> tuple[Path, dict[str, Any]]
     folder = case.work / run.key.replace("/", "_").replace(" ", "-")
 
     def make() -> dict[str, Any]:
+        teacher = () if "ce" in run.flags else ("--teacher", case.dense)
         found = call(
-            "recover", start, "--teacher", case.dense, "--text", case.work / run.text, "--tokens",
-            round(run.share * TOKENS), "--seed", run.seed, *run.flags, "--no-verify", "-o", folder, "-q",
+            "recover", start, *teacher, "--text", case.work / run.text, "--tokens", round(run.share * TOKENS),
+            "--seed", run.seed, *run.flags, "--no-verify", "-o", folder, "-q",
         )  # fmt: skip
         seen = {name: found[name] for name in ("tokens", "rate", "seconds", "peak_rss_bytes")}
         return {**seen, **describe_gain(before, measure(case, results, folder))}
@@ -388,9 +393,9 @@ def compare_starts(case: Case, results: Results, keep: float, seeds: int) -> Non
     run_all(case, results, [Run(keep, start) for start in ("default", "good", "plain")], seeds)
 
 
-def compare_paper(case: Case, results: Results, keep: float, seeds: int) -> None:
-    """CLAP and SLNP without a repair against the plain cut."""
-    run_all(case, results, [Run(keep, start) for start in ("paper", "plain")], seeds)
+def compare_parts(case: Case, results: Results, keep: float, seeds: int) -> None:
+    """What of the good start does the work: CLAP, SLNP, the repair."""
+    run_all(case, results, [Run(keep, start) for start in STARTS if start != "default"], seeds)
 
 
 def compare_losses(case: Case, results: Results, keep: float, seeds: int) -> None:
@@ -423,12 +428,17 @@ def compare_rates(case: Case, results: Results, keep: float, seeds: int) -> None
     run_all(case, results, [Run(keep, "default", tuple(flag.split())) for flag in flags], seeds)
 
 
+def compare_amounts(case: Case, results: Results, keep: float, seeds: int) -> None:
+    """Three times the tokens, at the default rate and above it."""
+    run_all(case, results, [Run(keep, "default", flag, share=3.0) for flag in [(), ("--lr", "3e-3")]], seeds)
+
+
 def compare_rounds(case: Case, results: Results, keep: float, seeds: int) -> None:
     """Off-policy distillation on answers against rounds on the student's own, at equal tokens (demo only)."""
     if case.name == "demo":
         text = write_answers(case).name
-        flags: list[tuple[str, ...]] = [(), ("--rounds", "2"), ("--loss", "ce")]
-        run_all(case, results, [Run(keep, "default", flag, text=text) for flag in flags], seeds)
+        flags = ["", "--rounds 2 --answer-tokens 16", "--loss ce"]
+        run_all(case, results, [Run(keep, "default", tuple(flag.split()), text=text) for flag in flags], seeds)
 
 
 def compare_curriculum(case: Case, results: Results, keep: float, seeds: int) -> None:
@@ -440,9 +450,9 @@ def compare_curriculum(case: Case, results: Results, keep: float, seeds: int) ->
 
 
 PARTS = {
-    "default": close_default, "starts": compare_starts, "paper": compare_paper, "losses": compare_losses,
-    "offline": compare_offline, "merge": compare_merges, "rates": compare_rates, "rounds": compare_rounds,
-    "curriculum": compare_curriculum,
+    "default": close_default, "starts": compare_starts, "parts": compare_parts, "losses": compare_losses,
+    "offline": compare_offline, "merge": compare_merges, "rates": compare_rates, "amounts": compare_amounts,
+    "rounds": compare_rounds, "curriculum": compare_curriculum,
 }  # fmt: skip
 
 # The tables

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from cli.bench import bench
 from cli.check_ascend import check_ascend
+from cli.compare import compare
 from cli.compress import compress
 from cli.console import RunFailure
 from cli.demo import demo
@@ -137,6 +138,7 @@ VERBS: Mapping[str, Any] = {
     "generate": generate,
     "evaluate": evaluate,
     "bench": bench,
+    "compare": compare,
     "demo": demo,
 }
 for name, verb in VERBS.items():

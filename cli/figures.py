@@ -89,6 +89,11 @@ def name_figure(kind: str, profile: str) -> str:
     return f"{kind}-" + re.sub(r"[^A-Za-z0-9._]+", "-", profile).strip("-")
 
 
+def list_points(frontier: Frontier, profile: str) -> list[Point]:
+    """Return the points that a device can run: one that does not know a number format has no speed in it."""
+    return [point for point in frontier.points if profile in point.speeds]
+
+
 def order_names(frontier: Frontier) -> list[str]:
     """Return the names of the points in the order in which they are listed."""
     return [point.name for point in frontier.points]
@@ -96,7 +101,7 @@ def order_names(frontier: Frontier) -> list[str]:
 
 def kind_of(point: Point) -> str:
     """Return dense, pruned, or pruned and trained."""
-    if point.name == DENSE:
+    if point.name.startswith(DENSE):  # in one number format or another
         return DENSE
     return "pruned, recovered" if point.recovered_tokens else "pruned"
 
@@ -106,7 +111,7 @@ def kind_of(point: Point) -> str:
 
 def draw_frontier(frontier: Frontier, profile: str) -> Figure:
     """Draw perplexity against tokens per second on one device, the points that nothing beats joined by a line."""
-    rows = [describe_point(frontier, point, point.speeds[profile]) for point in frontier.points]
+    rows = [describe_point(frontier, point, point.speeds[profile]) for point in list_points(frontier, profile)]
     measured = rows[0]["source"] == "measured"
     values = [row["perplexity"] for row in rows]
     steep = max(values) > STEEP * min(values)
@@ -256,7 +261,8 @@ def draw_time(frontier: Frontier, profile: str) -> list[Figure]:
     """Draw the seconds of the workload by class of operation, as the profile's cost model has them, if it does."""
     rows = [
         {"point": point.name, "operation": name, "milliseconds": 1000 * seconds}
-        for point in frontier.points for name, seconds in point.speeds[profile].seconds.items() if seconds > 0
+        for point in list_points(frontier, profile)
+        for name, seconds in point.speeds[profile].seconds.items() if seconds > 0
     ]  # fmt: skip
     if not rows:
         return []
@@ -269,7 +275,8 @@ def draw_time(frontier: Frontier, profile: str) -> list[Figure]:
             "color": colour("operation", "operation", rows), "tooltip": hover,
         },
     )  # fmt: skip
-    totals = {point.name: 1000 * sum(point.speeds[profile].seconds.values()) for point in frontier.points}
+    points = list_points(frontier, profile)
+    totals = {point.name: 1000 * sum(point.speeds[profile].seconds.values()) for point in points}
     alt = f"Predicted time by class of operation on {profile}: " + ", ".join(
         f"{name} {total:.3g} ms" for name, total in totals.items()
     )
@@ -280,7 +287,7 @@ def draw_memory(frontier: Frontier, profile: str) -> Figure:
     """Draw the bytes on the device."""
     rows = [
         {"point": point.name, "mebibytes": point.speeds[profile].memory_bytes / MEBI, "weights": point.bytes / MEBI}
-        for point in frontier.points
+        for point in list_points(frontier, profile)
     ]
     hover = [field("point", "nominal"), number("mebibytes", "on the device, MiB", ",.1f"),
              number("weights", "weights on disk, MiB", ",.1f")]  # fmt: skip

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint_writer import MANIFEST_NAME
+from compress.checkpoint_writer import MANIFEST_NAME, write_atomically
 from compress.report import make_plain
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
@@ -24,10 +23,9 @@ def encode_manifest(data: dict[str, Any]) -> str:
     return json.dumps(make_plain(data), indent=2, allow_nan=False) + "\n"
 
 
-def extend_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """Add entries to a folder's manifest, in one rename."""
+def extend_manifest(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Add entries to a folder's manifest, in one rename; return all of it."""
     path = folder / MANIFEST_NAME
     data = {**json.loads(path.read_text(encoding="utf-8")), **entries}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(encode_manifest(data), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, encode_manifest(data).encode())
+    return data

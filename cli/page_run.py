@@ -8,11 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cli.page import write_frontier_page
 from compress.report import Comparison, DeviceReport, LayerRow, Metrics, RunReport
 from compress.report_frontier import DENSE, CurveRow, Frontier, Interval, Point, PointSpeed
 
 REPORT_NAME = "report.html"
 DECODE, PREFILL = "decode", "prefill"
+
+
+def write_run_page(report: RunReport, source: str, command: str, manifest: Mapping[str, Any]) -> Path | None:
+    """Write the report beside the model; return its path, or None where quality was not measured."""
+    found = pair_run(report, source, command, manifest)
+    if found is None:
+        return None
+    write_frontier_page(found, report.output / REPORT_NAME)
+    return report.output / REPORT_NAME
 
 
 def pair_run(report: RunReport, source: str, command: str, manifest: Mapping[str, Any]) -> Frontier | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from cli.budget import THIS_MACHINE, Device
 from cli.console import Console, format_count
 from cli.manifest import extend_manifest
 from cli.measure import Model
+from cli.page_run import write_run_page
 from cli.planned import show_plan
 from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
 from cli.render import render_comparison, render_proof
@@ -91,12 +92,15 @@ def finish_run(
         made.recovery,
     )  # fmt: skip
     facts = {"graph_format": artifact.format, "artifact_error": artifact.error}
-    extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds, **facts})
+    manifest = extend_manifest(folder, {"metrics": comparison, "seconds": clock.seconds, **facts})
+    page = write_run_page(report, request.source, name_command(request), manifest)
     if made.recovery is not None:
         console.show(f"\n{render_recovery(made.recovery)}")
     console.show("\n" + render_comparison(comparison))
     for line in (*map(render_proof, proofs), *artifact.lines):
         console.show(line)
+    if page is not None:
+        console.show(f"Report: {page}")
     return report
 
 
@@ -194,13 +198,23 @@ def run_plan(
     console.finish(make_plain({**make_plain(summary), "plan": plan.to_json(), "output": output}))
 
 
-def list_flags(request: Request) -> str:
-    """Return the flags that the command which follows a plan needs: the text, and what a plan file does not decide."""
-    given = [("--text", request.text)] if request.text else []
+def name_command(request: Request) -> str:
+    """Return the command that makes the same again."""
+    flags = list_flags(request, () if request.plan is None else options.PLAN_KEYS)
+    plan = f" --plan {shlex.quote(str(request.plan))}" if request.plan else ""
+    training = f" --recover {request.recovery.tokens}" if request.recovery else ""
+    source, output = shlex.quote(request.source), shlex.quote(str(request.output))
+    return f"lightpress compress {source}{plan}{flags}{training} -o {output}"
+
+
+def list_flags(request: Request, decided: Collection[str] = options.PLAN_KEYS) -> str:
+    """Return the text and all of the recipe that is not the default, but what is `decided`: by a plan file, say."""
+    texts = (("--text", request.text), ("--eval-text", request.eval_text))
+    given: list[tuple[str, object]] = [(name, path) for name, path in texts if path]
     values = {item.name: (item.default, getattr(request.recipe, item.name)) for item in fields(Recipe)}
     given += [
         (flag(name), value)
         for name, (default, value) in values.items()
-        if value != default and name not in options.PLAN_KEYS
+        if value != default and name not in decided
     ]
     return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given)

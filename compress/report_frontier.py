@@ -25,6 +25,8 @@ class PointSpeed:
     """One model on one device: tokens per second, seconds of the workload by class of operation, bytes there.
 
     `measured`: on this machine; otherwise predicted by the profile's cost model. `low`, `high`: of measured rounds.
+    `seconds` are always the cost model's, and empty where this machine has no profile yet. `speedup` is over the dense
+    model in the profile's first format, measured beside it where it is measured.
     """
 
     profile: str
@@ -66,7 +68,8 @@ class Point:
     """One model of the frontier: `dense`, or one made with `keep` and a number `format`.
 
     `layers` are the kept layers' sizes; `task` names map to accuracies in 0 .. 1; `speeds` to profiles by name.
-    `folder`: where the model lies; `command`: what makes it again.
+    `folder`: where the model lies; `command`: what makes it again. `ratio`: perplexity over dense's, its interval from
+    the same windows of both, which is narrower than those of the two. `speeds` lacks devices that do not read `format`.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Point:
     seconds: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
     command: str = ""
+    ratio: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class Answers:
 class Frontier:
     """Everything `compare` found out; `points` begins with dense.
 
-    `damage`: layer -> axis -> rows of (kept share, predicted nats per token).
+    `damage`: layer ("0", "1", ... of the dense model) -> axis ("kv", "ffn") -> rows of (kept share, predicted nats per
+    token), the widest first.
     """
 
     source: str

@@ -28,8 +28,8 @@ LAYERS = (
     {"checkpoint", "weights", "decoder", "text", "hidden"},
     {"stats", "calibrate", "sample", "gradients"},
     {"importance", "solve", "knapsack", "allocate", "goal"},
-    {"plan", "surgery", "probe", "choose", "settle", "quantize", "evaluate"},
-    {"recover", "trials", "frontier"},
+    {"plan", "surgery", "probe", "choose", "settle", "quantize", "evaluate", "frontier"},
+    {"recover", "trials"},
     {"pipeline"},
     {"demo"},
 )

@@ -1,0 +1,138 @@
+"""One whole comparison: one calibration, all points, their speeds, what follows. Imported only by running verbs."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+from cli.console import Console
+from cli.figures import write_figures
+from cli.frontier_job import APART, FrontierJob, Variant, list_profiles, prepare_frontier, read_texts
+from cli.frontier_plans import gather_plans, load_damage
+from cli.frontier_points import Bench, make_point
+from cli.frontier_request import LOSS, SAMPLES, SPEEDUP, CompareRequest
+from cli.frontier_shared import share_work
+from cli.frontier_speed import add_speeds
+from cli.frontier_store import POINT, POINTS, RESULTS, WORK, open_store, write_json, write_whole
+from cli.frontier_table import render_frontier, write_csv
+from cli.manifest import list_versions
+from cli.measure import Model, limit_threads
+from cli.page import write_frontier_page
+from cli.prepare import Texts
+from cli.version import read_version
+from compress.frontier import answer_device
+from compress.recipe import Recipe, flag
+from compress.report_frontier import Frontier, Interval, Point
+
+JSON, CSV, PAGE = RESULTS
+Scorer = Callable[[Model], Mapping[str, Interval]]
+
+
+def run_compare(request: CompareRequest, console: Console, scorer: Scorer | None = None) -> Frontier:
+    """Check, calibrate once, make and measure every point, write the results and print them.
+
+    `scorer` adds accuracies of tasks, which `request.scorer` names. Raises UserError before anything is written; an
+    interrupt keeps the points that are complete, and the same command goes on from there.
+    """
+    if scorer is not None and request.jobs > 1:
+        raise ValueError("a scorer cannot be sent to other processes")
+    limit_threads(request.speed.threads)
+    started = time.perf_counter()
+    made = prepare_frontier(request, console)
+    texts = read_texts(made, console)
+    open_store(made.folder, made.settings, request.overwrite)
+    try:
+        frontier = compare_points(made, texts, console, scorer, started)
+    except KeyboardInterrupt as stop:
+        done = len(list((made.folder / POINTS).glob(f"*/{POINT}")))
+        total = len(list(made.list_variants()))
+        raise KeyboardInterrupt(
+            f"stopped; {done} of {total} points are complete in {made.folder}, and the same command goes on from there"
+        ) from stop
+    write_results(frontier, request)
+    shutil.rmtree(made.folder / WORK, ignore_errors=True)
+    console.show(render_frontier(frontier))
+    return frontier
+
+
+def compare_points(
+    made: FrontierJob, texts: Texts, console: Console, scorer: Scorer | None, started: float
+) -> Frontier:
+    """Make all points and join what is known of them."""
+    plans = gather_plans(made, texts, console)
+    made = replace(made, levels=tuple(level for level in made.levels if level.name in plans))
+    bench = Bench(made, texts, plans, console, scorer)
+    if made.request.jobs > 1:
+        share_work(bench, console)
+    points: list[tuple[Variant, Point]] = []
+    variants = list(made.list_variants())
+    for place, variant in enumerate(variants):
+        points.append((variant, make_point(bench, variant)))
+        console.progress("points", place + 1, len(variants))
+    rated, notes = add_speeds(bench, points, console)
+    return join_results(bench, rated, notes, time.perf_counter() - started)
+
+
+def join_results(bench: Bench, points: tuple[Point, ...], notes: tuple[str, ...], seconds: float) -> Frontier:
+    """Return the results with the answers for every device."""
+    made, request = bench.made, bench.made.request
+    answers = {
+        target.name: answer_device(points, target.name, request.loss, request.speedup) for target in made.targets
+    }
+    evaluation = bench.evaluation
+    manifest = {
+        "settings": made.settings, "versions": {"lightpress": read_version(), **list_versions()},
+        "source": str(request.source), "text": bench.texts.calibration.source,
+        "calibration_tokens": bench.texts.calibration.tokens, "evaluation_tokens": evaluation.tokens,
+        "seed": made.job.recipe.seed,
+    }  # fmt: skip
+    return Frontier(
+        str(request.source), Path(request.source).name, points, answers,
+        f"on {evaluation.tokens} tokens; text: {evaluation.source}.", notes, load_damage(made),
+        (describe_run(request), *(point.command for point in points if point.command)), manifest, seconds,
+    )  # fmt: skip
+
+
+def describe_run(request: CompareRequest) -> str:
+    """Return the command of the whole comparison."""
+    levels, tasks = request.levels, request.tasks
+    parts: list[tuple[str, object]] = [("--profile", name) for name in list_profiles(request)]
+    parts += [("--keep", ",".join(f"{share:g}" for share in levels.keep))] if levels.keep else []
+    parts += [("--speedup", ",".join(levels.speedup))] if levels.speedup else []
+    parts += [("--points", levels.points)] if not (levels.keep or levels.speedup) else []
+    parts += [("--formats", ",".join(request.formats))] if request.formats != ("fp32",) else []
+    parts += [("--recover-tokens", request.recover_tokens)] if request.recover_tokens else []
+    parts += [("--eval-text", request.eval_text)] if request.eval_text else []
+    parts += [("--tasks", ",".join(tasks.names))] if tasks.names else []
+    parts += [*(("--pairs", path) for path in tasks.pairs), *(("--choices", path) for path in tasks.choices)]
+    own = {
+        "--task-folder": tasks.folder, "--limit": tasks.limit, "--shots": tasks.shots,
+        "--samples": request.samples if request.samples != SAMPLES else None,
+        "--loss": f"{100 * request.loss:g}%" if request.loss != LOSS else None,
+        "--at-least": f"{request.speedup:g}x" if request.speedup != SPEEDUP else None,
+    }  # fmt: skip
+    parts += [("--text", request.text), *((name, value) for name, value in own.items() if value is not None)]
+    parts += list_recipe(request.recipe)
+    given = "".join(f" {name} {shlex.quote(str(value))}" for name, value in parts)
+    return f"lightpress compare {shlex.quote(str(request.source))}{given} -o {shlex.quote(str(request.output))}"
+
+
+def list_recipe(recipe: Recipe) -> Iterator[tuple[str, object]]:
+    """Yield the flags of what a recipe says otherwise than by default, but for what each point or device has."""
+    for item in fields(Recipe):
+        value = getattr(recipe, item.name)
+        if value != item.default and item.name not in APART:
+            yield flag(item.name), ",".join(value) if isinstance(value, tuple) else value
+
+
+def write_results(frontier: Frontier, request: CompareRequest) -> None:
+    """Write what was found as JSON, as CSV, as a page, and as figures where they are asked for."""
+    write_json(request.output / JSON, frontier)
+    write_whole(request.output / CSV, write_csv(frontier))
+    write_frontier_page(frontier, request.output / PAGE)
+    if request.figures is not None:
+        write_figures(frontier, request.figures)
