@@ -23,7 +23,7 @@ def demo(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress the shipped demo model, in about three minutes on two cores, and show what that costs and gains.
+    """Compress the shipped demo model, in about four minutes on two cores, and show what that costs and gains.
 
     Example: lightpress demo
     """

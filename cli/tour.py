@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 from cli.console import Console
+from cli.frontier import run_compare
+from cli.frontier_quality import bound_shares
+from cli.frontier_request import CompareRequest, Levels
 from cli.measure import Model
 from cli.request import BenchSize, Request
 from cli.run import run_compress
@@ -14,19 +18,25 @@ from compress.demo.score import score_kinds
 from compress.errors import UserError
 from compress.recipe import Recipe
 from compress.report import RunReport
+from compress.report_frontier import Frontier, Interval
 from compress.text import load_tokenizer
 
 MODEL, TRAIN, HELDOUT, MARKER = "model", "train.txt", "heldout.txt", "README.txt"
 TRAIN_CHARACTERS, HELDOUT_CHARACTERS = 400_000, 100_000
 SEED = 7  # not the seed that the demo model was trained with
 TASKS = 100
+FRONTIER, FRONTIER_POINTS, FRONTIER_REFINE = "frontier", 5, 30
+FRONTIER_PROFILES = ("this-machine", "ascend-310p3", "ascend-910b3")
 TITLE = "Written by `lightpress demo`, which may overwrite this folder."
 ABOUT = f"""{TITLE}
 
 {MODEL}/         the compressed model: a Hugging Face folder, its manifest lightpress.json, and ONNX in onnx/
 {TRAIN}      text that the model was calibrated with
 {HELDOUT}    text that it was evaluated on
+{FRONTIER}/      {FRONTIER_POINTS} amounts of compression compared: open report.html
 """
+SECOND = f"""Which amount is right? `lightpress compare` now makes {FRONTIER_POINTS} smaller models from one
+calibration, with fewer gradient steps, measures them on this machine, and predicts their speed on two Ascend chips."""
 INTRODUCTION = """This demo compresses a small language model that ships with Lightpress.
 The model was trained on stories, facts, sums and sentences that a small grammar writes.
 First it runs on some of that text, to see which layers, heads and channels matter least. Up to {trials} plans are
@@ -53,8 +63,25 @@ def run_demo(output: Path, recipe: Recipe, speed: BenchSize, console: Console) -
 
     console.show(f"Compressing the demo model to {recipe.keep:g} of its non-embedding parameters:\n")
     report = run_compress(request, console, score)
-    console.show(advise(output, source, sum(report.seconds.values())))
+    console.show(f"\n{SECOND}\n")
+    frontier = compare_levels(output, source, recipe, speed, console)
+    console.show(advise(output, source, sum(report.seconds.values()) + frontier.seconds))
     return report
+
+
+def compare_levels(output: Path, source: Path, recipe: Recipe, speed: BenchSize, console: Console) -> Frontier:
+    """Compare several amounts of compression, on this machine and on two Ascend chips, into `output`/frontier."""
+    tokenizer = load_tokenizer(source)
+
+    def score(model: Model) -> dict[str, Interval]:
+        return bound_shares(score_kinds(model, tokenizer, TASKS, progress=console.progress), TASKS)
+
+    lighter = replace(recipe, keep=Recipe().keep, trials=Recipe().trials, refine=FRONTIER_REFINE)
+    request = CompareRequest(
+        str(source), lighter, output / FRONTIER, output / TRAIN, output / HELDOUT, FRONTIER_PROFILES,
+        Levels(points=FRONTIER_POINTS), overwrite=True, speed=speed, scorer="demo",
+    )  # fmt: skip
+    return run_compare(request, console, score)
 
 
 def find_checkpoint() -> Path:
@@ -92,10 +119,12 @@ def advise(output: Path, source: Path, seconds: float) -> str:
     """Return where the files are and what to try next."""
     return f"""
 Done in {seconds:.0f} s. The compressed model is in {output / MODEL} (with onnx/ and lightpress.json).
+Open {output / FRONTIER / "report.html"} in a browser: accuracy against speed, shapes, samples.
 
 Try next:
   lightpress inspect {output / MODEL}
   lightpress plan {source} --keep 0.5 --text {output / TRAIN}
   lightpress compress {source} --keep 0.5 --text {output / TRAIN} --eval-text {output / HELDOUT} -o half
   lightpress compress {source} --keep 0.5 --shapes per-layer --text {output / TRAIN} -o uneven
-  lightpress bench half --against {source}"""
+  lightpress bench half --against {source}
+  lightpress compress {source} --keep 0.5 --text {output / TRAIN} --recover 200k -o trained"""
