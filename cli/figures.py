@@ -27,6 +27,9 @@ COLOURS = ("#3b82c4", "#c96a12", "#2a9170", "#a05fb4", "#c8433a", "#7a7f87", "#9
 STEEP = 4.0  # largest over smallest perplexity from which its axis is logarithmic
 HEIGHT, ROW, WIDTH = 280, 26, 680  # pixels: of a chart, of one bar or row, and of a chart in a file
 MEBI = 2**20
+# A label that points share is long: it goes below them and to the right, where there is room.
+SHARED = "indexof(datum.label, ',') > 0"
+NEAR = {"tokens_per_s": 0.14, "perplexity": 0.07}  # shares of an axis within which labels would overlap
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def draw_frontier(frontier: Frontier, profile: str) -> Figure:
     x = field("tokens_per_s", "quantitative", "tokens per second", scale={"zero": False, "padding": 24})
     y = field("perplexity", "quantitative", "perplexity (lower is better)",
               scale={"zero": False, "type": "log" if steep else "linear", "padding": 16})  # fmt: skip
-    text = {"x": x, "y": y, "text": {"field": "point"}}
+    join_labels(rows)
+    text = {"x": x, "y": y, "text": {"field": "label"}}
     marks = {
         "x": x, "y": y, "tooltip": list_hover(rows),
         "color": colour("format", "number format", rows), "shape": shape_scale(rows),
@@ -131,13 +135,27 @@ def draw_frontier(frontier: Frontier, profile: str) -> Figure:
         {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "color": COLOURS[5]},
          "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}},
         {"mark": {"type": "point", "size": 110, "filled": measured, "strokeWidth": 2}, "encoding": marks},
-        {"mark": {"type": "text", "dy": -14, "fontSize": 11}, "encoding": text},
+        {"mark": {"type": "text", "fontSize": 11, "align": {"expr": f"{SHARED} ? 'left' : 'center'"},
+                  "dx": {"expr": f"{SHARED} ? 4 : 0"}, "dy": {"expr": f"{SHARED} ? 16 : -14"}}, "encoding": text},
     ]  # fmt: skip
     title = f"{profile}, {rows[0]['workload']}: {rows[0]['source']}"
     alt = f"Perplexity against {rows[0]['source']} tokens per second on {profile}, for " + ", ".join(
         f"{row['point']} ({row['tokens_per_s']:,.4g} tokens/s, perplexity {row['perplexity']:.4g})" for row in rows
     )
     return Figure(name_figure("frontier", profile), "frontier", title, alt, make_spec(rows, HEIGHT, layer=layers))
+
+
+def join_labels(rows: Sequence[Row]) -> None:
+    """Give each row its label; points too near for labels of their own share one."""
+    spans = {name: max(row[name] for row in rows) - min(row[name] for row in rows) for name in NEAR}
+    held: list[Row] = []
+    for row in rows:
+        close = [one for one in held if all(abs(row[name] - one[name]) <= NEAR[name] * spans[name] for name in NEAR)]
+        row["label"] = "" if close else row["point"]
+        if close:
+            close[0]["label"] += f", {row['point']}"
+        else:
+            held.append(row)
 
 
 def describe_point(frontier: Frontier, point: Point, speed: PointSpeed) -> Row:

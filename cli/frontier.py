@@ -91,10 +91,15 @@ def join_results(bench: Bench, points: tuple[Point, ...], notes: tuple[str, ...]
         "seed": made.job.recipe.seed,
     }  # fmt: skip
     return Frontier(
-        str(request.source), Path(request.source).name, points, answers,
-        f"on {evaluation.tokens} tokens; text: {evaluation.source}.", notes, load_damage(made),
-        (describe_run(request), *(point.command for point in points if point.command)), manifest, seconds,
+        str(request.source), name_title(request.source), points, answers,
+        f"Quality: on {evaluation.tokens} tokens; text: {evaluation.source}.", notes, load_damage(made),
+        (describe_run(request),), manifest, seconds,
     )  # fmt: skip
+
+
+def name_title(source: str) -> str:
+    """Return the heading of the page."""
+    return f"{Path(source).name or source}: accuracy against speed"
 
 
 def describe_run(request: CompareRequest) -> str:

@@ -24,7 +24,7 @@ def render_frontier(frontier: Frontier) -> str:
     tasks = list_tasks(frontier.points)
     parts += render_blocks(tasks) if len(tasks[0]) > 1 else []
     notes = [
-        f"Quality: {frontier.text_note} Of dense: perplexity above the dense model's, with its 95 % interval.",
+        f"{frontier.text_note} Of dense: perplexity above the dense model's, with its 95 % interval.",
         f"Speed: tokens/s, times dense; {LEGEND}.", *frontier.speed_notes,
     ]  # fmt: skip
     parts.append("\n".join(fill(note) for note in notes))

@@ -47,7 +47,8 @@ def pair_run(report: RunReport, source: str, command: str, manifest: Mapping[str
     second = replace(second, format=graph, recovered_tokens=tokens, curve=curve, command=command)
     notes = tuple(note for note in (comparison.speed_note,) if note)
     return Frontier(
-        source, f"{Path(source).name or source}, compressed", (first, second), {}, comparison.quality_note, notes,
+        source, f"{Path(source).name or source}: dense and compressed", (first, second), {},
+        comparison.quality_note, notes,
         manifest=dict(manifest), seconds=sum(report.seconds.values()),
     )  # fmt: skip
 
