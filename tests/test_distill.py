@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,31 @@ from compress.recover.trajectory import (
     Matching,
     Theta,
     TrajectoryOptions,
-    count_round_trip,
-    distil_prompts,
-    draw_start,
-    find_neighbours,
+    fits_samples,
+    judge,
     make_samples,
     match_gradients,
+    mean_loss,
     measure_match,
-    neighbour_gradient,
     roll_out,
-    start_learned,
     train_expert,
+)
+from compress.recover.trajectory_learn import distil_prompts, draw_start, guess_rate, learn_prompts, start_learned
+from compress.recover.trajectory_project import (
+    Outer,
+    Search,
+    check_text,
+    count_round_trip,
+    find_neighbours,
+    neighbour_gradient,
+    project_prompts,
+    propose_swaps,
+    refine_tokens,
+    slope_tokens,
+    try_swaps,
     write_samples,
 )
+from compress.recover.trajectory_rows import differentiate_document, draw_sketch, list_segments, match_rows, take_rows
 from compress.weights import read_spec
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -168,7 +180,7 @@ def test_similarity_is_pooled() -> None:
 
 SMALL = TrajectoryOptions(
     rank=2, experts=1, expert_steps=12, expert_rate=3e-3, every=3, ahead=1, inner=3, batch=4, prompt=3, steps=30,
-    rate=0.2,
+    rate=0.2, swaps=6,
 )
 
 
@@ -228,9 +240,10 @@ def test_matching_falls_below_one(tmp_path: Path) -> None:
     documents = {number: stream.document(number) for number in range(20)}
     states = [train_expert(model, list(documents.values()), SMALL, 1)]
     samples = make_samples({number: documents[number] for number in range(8)}, SMALL, 1)
-    found = distil_prompts(model, samples, states, SMALL, (0, 1, 2))
-    assert found.before < 0.9 and found.before < found.first - 0.1
+    found = distil_prompts(model, samples, states, SMALL, Outer((0, 1, 2)))
+    assert found.learned < 0.9 and found.learned < found.first - 0.1 and found.learned < found.real
     assert sum(found.curve[-8:]) < sum(found.curve[:8])
+    assert found.tokens < 1
     begin, end = samples.learned
     assert torch.equal(found.ids[:, end:], samples.ids[:, end:]) and torch.equal(found.ids[:, 0], samples.ids[:, 0])
     assert not torch.equal(found.ids[:, begin:end], samples.ids[:, begin:end])
@@ -242,11 +255,12 @@ def test_the_regulariser_keeps_prompts_near_tokens(tmp_path: Path) -> None:
     documents = {number: stream.document(number) for number in range(20)}
     states = [train_expert(model, list(documents.values()), SMALL, 1)]
     samples = make_samples(documents, SMALL, 1)
-    gaps = []
+    far = []
     for pull in (0.0, 300.0):
-        found = distil_prompts(model, samples, states, replace(SMALL, pull=pull, steps=15))
-        gaps.append(abs(found.after - found.before))
-    assert gaps[1] < gaps[0]
+        matching = Matching(model, samples, replace(SMALL, pull=pull, steps=15))
+        found = learn_prompts(matching, start_learned(model, samples, states[0], SMALL), states, Outer(), [])
+        far.append(neighbour_gradient(found.embeddings, model.ends["embed"], ())[0])
+    assert far[1] < far[0] / 2
 
 
 def test_the_regulariser_is_the_distance_to_the_nearest_by_angle() -> None:
@@ -263,12 +277,172 @@ def test_the_regulariser_is_the_distance_to_the_nearest_by_angle() -> None:
     torch.testing.assert_close(gradient, wanted)
 
 
+def make_search(matching: Matching, states: list[Theta]) -> tuple[Search, torch.Tensor, list[Any], torch.Tensor]:
+    begin, end = matching.samples.learned
+    rates = start_learned(matching.model, matching.samples, states, matching.options).rates
+    starts = [draw_start([states], matching.samples, matching.options, seed) for seed in (1, 2)]
+    search = Search(matching.samples.ids[:, begin:end].clone(), 1.0, 3)
+    return search, rates, starts, slope_tokens(matching, search.tokens, rates, starts)
+
+
+def test_slopes_are_the_mean_over_starts(tmp_path: Path) -> None:
+    matching, states, _ = make_matching(tmp_path, SMALL)
+    search, rates, starts, slopes = make_search(matching, states)
+    learned = Learned(matching.model.ends["embed"][search.tokens], rates)
+    wanted = (match_gradients(matching, learned, starts[0])[1] + match_gradients(matching, learned, starts[1])[1]) / 2
+    torch.testing.assert_close(slopes, wanted)
+
+
+def test_swaps_equal_those_of_plain_loops(tmp_path: Path) -> None:
+    matching, states, _ = make_matching(tmp_path, SMALL)
+    search, _, _, slopes = make_search(matching, states)
+    table = matching.model.ends["embed"]
+    search.ruled_out.add((2, 0, 30))
+
+    def stable(sample: int, prompt: torch.Tensor) -> bool:
+        return sample % 5 != 0
+
+    found = propose_swaps(search, slopes, table, Outer((0, 1, 2), stable))
+    best = []
+    for sample, own in enumerate(search.tokens.tolist()):
+        falls = {
+            (place, token): float(slopes[sample, place] @ (table[own[place]] - table[token]))
+            for place in range(SMALL.prompt) for token in range(3, len(table))
+            if token != own[place] and (sample, place, token) != (2, 0, 30)
+        }  # fmt: skip
+        place, token = max(falls, key=lambda key: falls[key])
+        if sample % 5 and falls[place, token] > 0:
+            best.append((falls[place, token], (sample, place, token)))
+    assert found == [swap for _, swap in sorted(best, reverse=True)[:3]] and len(found) == 3
+    assert {one[0] % 5 for one in search.ruled_out - {(2, 0, 30)}} == {0}
+
+
+def test_swaps_only_lower_the_matching_loss(tmp_path: Path) -> None:
+    matching, states, _ = make_matching(tmp_path, replace(SMALL, swaps=12))
+    search, rates, starts, _ = make_search(matching, states)
+    table = matching.model.ends["embed"]
+    before = judge(matching, Learned(table[search.tokens], rates), starts)
+    found = refine_tokens(matching, search.tokens, rates, starts, Outer((0, 1, 2)))
+    assert len(found.curve) == 12 and found.loss == min(before, *found.curve) and found.tokens.min() > 2
+    assert judge(matching, Learned(table[found.tokens], rates), starts) == pytest.approx(found.loss)
+
+
+def test_swaps_that_fail_are_tried_in_smaller_groups() -> None:
+    wanted = torch.tensor([[1, 2], [3, 4], [5, 6]])
+
+    def measure(tokens: torch.Tensor) -> float:
+        return float((tokens != wanted).sum())
+
+    search = Search(torch.zeros(3, 2, dtype=torch.long), 6.0, 3)
+    good, bad = (0, 0, 1), (1, 1, 9)
+    assert try_swaps(search, [good, (1, 0, 3)], measure)
+    assert search.tokens.tolist() == [[1, 0], [3, 0], [0, 0]] and search.loss == 4 and search.group == 3
+    assert not try_swaps(search, [bad, (2, 0, 7), (0, 1, 9)], measure) and search.group == 1
+    assert not search.ruled_out  # any of the three may have been at fault
+    assert not try_swaps(search, [bad], measure) and search.ruled_out == {bad} and search.group == 1
+    assert try_swaps(search, [(2, 1, 6)], measure) and search.group == 2 and not search.ruled_out
+    assert search.tokens.tolist() == [[1, 0], [3, 0], [0, 6]] and search.curve == [4.0, 4.0, 4.0, 3.0]
+
+
+def test_a_prompt_that_text_does_not_bring_back_stays_real() -> None:
+    table = torch.eye(4)
+    real = torch.tensor([[0, 1], [1, 2]])
+    embeddings = table[torch.tensor([[2, 3], [3, 0]])]
+    found = project_prompts(embeddings, real, table, Outer(stable=lambda sample, prompt: sample == 1))
+    assert found.tolist() == [[0, 1], [3, 0]]
+
+
+def test_a_rate_comes_nearest_to_its_goal() -> None:
+    goal, gradient = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])
+    rate = guess_rate(goal, gradient, 4)
+    missed = [float((goal - 4 * rate * share * gradient).norm()) for share in (0.99, 1.0, 1.01)]
+    assert missed[1] < min(missed[0], missed[2])
+    assert guess_rate(goal, -gradient, 4) > 0 and guess_rate(goal, torch.zeros(2), 4) == 0
+
+
+def score_rows(features: torch.Tensor, goals: torch.Tensor, rows: list[int]) -> float:
+    if not rows:
+        return 0.0
+    return float(torch.cosine_similarity(features[:, rows].sum(1), goals).sum())
+
+
+@pytest.mark.parametrize("budget", [0.0, 25.0, 60.0, 1000.0])
+def test_rows_equal_those_of_plain_loops(budget: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 12, 5, generator=random, dtype=torch.float64)
+    goals = torch.randn(2, 5, generator=random, dtype=torch.float64)
+    sizes = torch.randint(4, 16, (12,), generator=random).tolist()
+    taken: list[int] = []
+    while True:
+        left = budget - sum(sizes[one] for one in taken)
+        free = [one for one in range(12) if one not in taken and (sizes[one] <= left or not taken)]
+        if not free:
+            break
+        before = score_rows(features, goals, taken)
+        gains = {one: (score_rows(features, goals, [*taken, one]) - before) / sizes[one] for one in free}
+        taken.append(max(free, key=lambda one: gains[one]))
+    assert take_rows(features, goals, sizes, budget) == taken
+
+
+def test_rows_match_the_expert_better_than_others(tmp_path: Path) -> None:
+    matching, states, documents = make_matching(tmp_path, SMALL)
+    rows = list(documents.values())
+    budget = 0.3 * sum(len(one.ids) for one in rows)
+    taken = match_rows(matching.model, rows, [states], SMALL, budget)
+    assert 1 < len(taken) < 20 and sum(len(rows[one].ids) for one in taken) <= budget
+
+    def agree(numbers: list[int]) -> float:
+        total = 0.0
+        for theta, target in list_segments([states], SMALL):
+            found = [differentiate_document(matching.model, rows[number], theta, SMALL) for number in numbers]
+            flat = torch.cat([torch.stack([one[name] for one in found]).sum(0).flatten() for name in theta])
+            goal = torch.cat([(theta[name] - target[name]).flatten() for name in theta])
+            total += float(torch.cosine_similarity(flat, goal, 0))
+        return total
+
+    others = [torch.randperm(20, generator=torch.Generator().manual_seed(seed))[: len(taken)] for seed in range(5)]
+    assert agree(taken) > max(agree(other.tolist()) for other in others)
+
+
+def test_a_document_is_differentiated_as_a_batch_of_one(tmp_path: Path) -> None:
+    matching, states, documents = make_matching(tmp_path, SMALL)
+    found = differentiate_document(matching.model, documents[3], states[1], SMALL)
+    ids, weights = stack_documents([documents[3]])
+    with torch.enable_grad():
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in states[1].items()}
+        batch = (embed_tokens(matching.model, ids), ids, weights.double())
+        loss = mean_loss(matching.model, leaves, SMALL, batch) * weights[:, 1:].sum()
+        wanted = torch.autograd.grad(loss, list(leaves.values()))
+    for one, other in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sketch_keeps_inner_products() -> None:
+    random = torch.Generator().manual_seed(0)
+    pair = [{"a": torch.randn(30, 20, generator=random), "b": torch.randn(50, generator=random)} for _ in range(2)]
+    pair[1]["a"] += pair[0]["a"]
+    exact = sum(float((pair[0][name] * pair[1][name]).sum()) for name in ("a", "b"))
+    whole = draw_sketch(pair[0], 1000, 0)
+    assert float(whole.press(pair[0]) @ whole.press(pair[1])) == pytest.approx(exact, rel=1e-5)
+    small = [draw_sketch(pair[0], 400, seed) for seed in range(40)]
+    values = [float(one.press(pair[0]) @ one.press(pair[1])) for one in small]
+    assert sum(values) / 40 == pytest.approx(exact, rel=0.05)
+    first = small[0]
+    assert first.places is not None and first.signs is not None
+    slow, flat = torch.zeros(400), torch.cat([pair[0]["a"].flatten(), pair[0]["b"]])
+    for place, value in enumerate(flat):
+        slow[first.places[place]] += value * first.signs[place]
+    torch.testing.assert_close(first.press(pair[0]), slow)
+
+
 def test_samples_need_something_to_predict(tmp_path: Path) -> None:
     document = Document([1, 5, 6, 7, 8, 2], [1] * 6)
     samples = make_samples({7: document, 9: Document([1, 5], [1, 1])}, SMALL, 1)
     assert samples.numbers == (7,) and samples.learned == (1, 4)
     assert samples.weights.tolist() == [[0, 0, 0, 0, 1, 1]]
     refused(lambda: make_samples({0: Document([1, 5, 6], [1] * 3)}, SMALL, 1), "--prompt-tokens", "first 4")
+    answer = Document([1, 5, 6, 7, 8, 2], [0, 0, 0, 1, 1, 1])  # its prompt is shorter than what would be learned
+    assert not fits_samples(answer, SMALL, 1) and fits_samples(answer, replace(SMALL, prompt=2), 1)
     refused(lambda: TrajectoryOptions(expert_steps=4, every=5), "train it longer")
     refused(lambda: replace(SMALL, inner=0), "at least 1")
 
@@ -284,6 +458,8 @@ def test_samples_become_text_and_tokens_again() -> None:
     ]
     assert count_round_trip(samples, samples.ids, rows, tokenizer) == 1
     assert count_round_trip(samples, samples.ids, [{"prompt": "w1"}, rows[1]], tokenizer) == 0.5
+    stable = check_text(samples, tokenizer)
+    assert stable(0, torch.tensor([20, 30])) and not stable(0, torch.tensor([20, 100]))  # 100 is no token
 
 
 # The command
@@ -344,7 +520,7 @@ def test_the_command_writes_synthetic_rows_that_training_reads(folder: Path) -> 
 
 
 def test_the_command_refuses_in_a_sentence(folder: Path) -> None:
-    def start(*words: object, output: str = "out.jsonl") -> object:
+    def start(*words: object, output: str = "out.jsonl") -> Callable[[], object]:
         return lambda: run_command(folder / "model", "--text", folder / "a.jsonl", *words, "-o", folder / output)
 
     refused(start("--method", "best"), "--method best", "random, loss, gradient, trajectory")

@@ -17,16 +17,10 @@ from compress.recover.select import (
     shuffle_documents,
     take_share,
 )
-from compress.recover.trajectory import (
-    Samples,
-    TrajectoryOptions,
-    count_round_trip,
-    distil_prompts,
-    fits_samples,
-    make_samples,
-    train_expert,
-    write_samples,
-)
+from compress.recover.trajectory import Samples, TrajectoryOptions, fits_samples, make_samples, train_expert
+from compress.recover.trajectory_learn import distil_prompts
+from compress.recover.trajectory_project import Outer, check_text, count_round_trip, write_samples
+from compress.recover.trajectory_rows import match_rows
 
 RANDOM, LOSS, GRADIENT, TRAJECTORY = "random", "loss", "gradient", "trajectory"
 METHODS = (RANDOM, LOSS, GRADIENT, TRAJECTORY)
@@ -108,44 +102,52 @@ def distil_rows(
     `barred`: ids that no prompt may hold. Raises UserError where no document is long enough.
     """
     options, view = request.trajectory, DocumentView(stream, stream.used())
-    samples = draw_samples(request, stream)
+    candidates = draw_candidates(request, stream)
     states = [
         train_expert(model, view, options, options.seed * 1009 + number + 1, report)
         for number in range(options.experts)
     ]
-    found = distil_prompts(model, samples, states, options, barred, report)
+    whole = int(stream.token_counts().sum())
+    taken = match_rows(model, list(candidates.values()), states, options, request.share * whole, report)
+    numbers = sorted(list(candidates)[place] for place in taken)
+    samples = make_samples({one: candidates[one] for one in numbers}, options, len(stream.options.start))
+    found = distil_prompts(model, samples, states, options, Outer(barred, check_text(samples, tokenizer), report))
     texts = write_samples(samples, found.ids, tokenizer, stream.options.end)
+    begin, end = samples.learned
     facts = {
         "documents": len(texts),
         "tokens": sum(samples.sizes),
-        "share": sum(samples.sizes) / int(stream.token_counts().sum()),
-        "matching_real": found.first,
-        "matching_learned": found.before,
-        "matching_tokens": found.after,
+        "share": sum(samples.sizes) / whole,
+        "candidates": len(candidates),
+        "changed": float((found.ids[:, begin:end] != samples.ids[:, begin:end]).float().mean()),
+        "matching_start": found.first,
+        "matching_real": found.real,
+        "matching_learned": found.learned,
+        "matching_nearest": found.nearest,
+        "matching_tokens": found.tokens,
         "round_trip": count_round_trip(samples, found.ids, texts, tokenizer),
     }
     return Outcome(mark_rows(texts, samples, request, stream), facts)
 
 
-def draw_samples(request: Request, stream: DataStream) -> Samples:
-    """Draw documents at random, of those long enough, up to the share of all tokens; UserError for chats."""
+def draw_candidates(request: Request, stream: DataStream) -> dict[int, Document]:
+    """Return documents by number, those long enough, at most `candidates` of them at random; UserError for chats."""
     options, fixed = request.trajectory, len(stream.options.start)
-    left = request.share * int(stream.token_counts().sum())
-    chosen: dict[int, Document] = {}
+    found: dict[int, Document] = {}
     for number in shuffle_documents(len(stream.index), request.seed):
         one = stream.document(number)
-        if not fits_samples(one, options, fixed) or (chosen and len(one.ids) > left):
+        if not fits_samples(one, options, fixed):
             continue
         if "messages" in stream.index.read(number)[0]:
             raise UserError(
                 f"{stream.index.place(number)} is a chat, and trajectories are matched on texts and on rows with "
                 "prompt and response; give those, or choose chats with --method loss or gradient."
             )
-        chosen[number] = one
-        left -= len(one.ids)
-        if left <= 0:
+        found[number] = one
+        if len(found) == options.candidates:
             break
-    return make_samples(chosen, options, fixed)
+    make_samples(found, options, fixed)  # refuses before the experts are trained
+    return found
 
 
 def mark_rows(

@@ -1,14 +1,16 @@
 """Text distilled by trajectory matching: prompts learned so that a few steps on them train as many steps on real text.
 
-    experts:   the model is trained on real documents, its parameters kept every few steps      theta*_0, theta*_1 ...
-    matching:  student starts at theta*_t, takes N steps on learned prompts with real answers   theta_N
-               loss = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2, back through all N steps
-               + lambda * mean |E_i - nearest embedding|^2
-    projection: each learned embedding becomes its nearest token; text, marked synthetic
+    experts     the model is trained on real documents, its parameters kept every few steps: theta*_0, theta*_1 ...
+    rows        documents whose gradients together point where the experts went (trajectory_rows.py)
+    matching    the student starts at theta*_t and takes N steps on learned prompts with real answers, to theta_N;
+                loss = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2, back through all N steps
+                + lambda * mean |E_i - nearest embedding|^2 (trajectory_learn.py)
+    projection  each learned embedding becomes its nearest token, and swaps lower the loss (trajectory_project.py);
+                text, marked synthetic
 
 The method is NACD's (arXiv 2504.09818; methods section 3). Its stages, and that only prompts are learned, are known;
-the sizes, the shape of the regulariser, its scale, the cosine by which neighbours are found and a learned rate for each
-tensor are our reconstruction, since the paper's text was not available.
+the choice of rows, the swaps, the sizes, the shape of the regulariser, its scale, the cosine by which neighbours are
+found and a learned rate for each tensor are our reconstruction, since the paper's text was not available.
 
 Backward keeps one inner step's graph at a time: each step is run again from its stored parameters, last step first,
 and passes the gradient by its result on to its start. That is exact, and the memory does not grow with N.
@@ -17,11 +19,9 @@ and passes the gradient by its result on to its start. That is exact, and the me
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress.errors import UserError
@@ -44,7 +44,9 @@ class TrajectoryOptions:
     `experts` runs of `expert_steps` steps on `batch` documents, kept every `every`; `ahead`: how many kept states the
     target lies after the start (M); `inner`: the student's steps (N); `prompt`: learned tokens of a sample;
     `steps`, `rate`: of the outer optimiser, the rate as a share of the embeddings' root mean square; `tempo`: its rate
-    for the logarithms of the inner rates; `pull`: lambda of the nearest-neighbour regulariser.
+    for the logarithms of the inner rates; `pull`: lambda of the nearest-neighbour regulariser;
+    `swaps`: trials of other tokens at the end (None: one for four steps); `candidates`: documents among which samples
+    are chosen.
     """
 
     rank: int = 4
@@ -61,6 +63,8 @@ class TrajectoryOptions:
     rate: float = 0.1
     tempo: float = 0.03
     pull: float = 0.1
+    swaps: int | None = None
+    candidates: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,21 +109,6 @@ class Learned:
 
     embeddings: Tensor
     rates: Tensor
-
-
-@dataclass
-class Distilled:
-    """The outcome: ids with the learned prompts as tokens, and the matching loss as it went.
-
-    `curve`: of each outer step; `before`, `after`: the mean over the same starts with the learned embeddings, and with
-    the tokens nearest to them; `first`: with the real prompts and the rates of the start.
-    """
-
-    ids: Tensor
-    curve: list[float] = field(default_factory=list)
-    first: float = float("nan")
-    before: float = float("nan")
-    after: float = float("nan")
 
 
 # Parameters
@@ -211,8 +200,12 @@ def copy_theta(theta: Mapping[str, Tensor]) -> Theta:
 
 
 def fits_samples(document: Document, options: TrajectoryOptions, fixed: int) -> bool:
-    """Tell whether a document has tokens that count after the learned ones; `fixed`: tokens before those."""
-    return any(document.weights[fixed + options.prompt :])
+    """Tell whether a document has tokens that count after the learned ones; `fixed`: tokens before those.
+
+    A prompt shorter than the learned places does not fit either: part of its answer would be learned over.
+    """
+    span = document.weights[fixed : fixed + options.prompt]
+    return any(document.weights[fixed + options.prompt :]) and any(span) == all(span)
 
 
 def make_samples(documents: Mapping[int, Document], options: TrajectoryOptions, fixed: int) -> Samples:
@@ -232,33 +225,13 @@ def make_samples(documents: Mapping[int, Document], options: TrajectoryOptions, 
     return Samples(ids, weights, (begin, end), tuple(len(one.ids) for one in usable.values()), tuple(usable))
 
 
-def take_batch(
-    model: Model, samples: Samples, embeddings: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def take_batch(model: Model, samples: Samples, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings, ids and weights of some samples, the learned embeddings in their places."""
     begin, end = samples.learned
     ids = samples.ids[rows]
     x = embed_tokens(model, ids)
     own = embeddings[rows] * model.spec.embedding_multiplier
     return torch.cat((x[:, :begin], own, x[:, end:]), 1), ids, samples.weights[rows].to(x.dtype)
-
-
-def start_learned(model: Model, samples: Samples, states: Sequence[Theta], options: TrajectoryOptions) -> Learned:
-    """Return the real prompts as embeddings, and rates at which the inner steps would go as far as the expert did."""
-    begin, end = samples.learned
-    embeddings = F.embedding(samples.ids[:, begin:end], model.ends["embed"])
-    size = min(options.batch, len(samples.ids))
-    rows = torch.arange(size)
-    # In the middle of the trajectory: at its start LoRA's `a` has no gradient, since `b` is zero.
-    place = (len(states) - 1 - options.ahead) // 2
-    theta, target = states[place], states[place + options.ahead]
-    gradients = differentiate_inner(model, theta, options, take_batch(model, samples, embeddings, rows))
-    moved = [float((target[name] - theta[name]).norm()) for name in theta]
-    steep = [float(gradient.norm()) for gradient in gradients]
-    rates = [way / (options.inner * slope) if slope > BOTTOM else 0.0 for way, slope in zip(moved, steep, strict=True)]
-    known = [rate for rate in rates if rate > 0] or [1.0]
-    middle = sorted(known)[len(known) // 2]
-    return Learned(embeddings, torch.tensor([rate or middle for rate in rates], dtype=embeddings.dtype).log())
 
 
 def differentiate_inner(
@@ -288,8 +261,7 @@ class Matching:
         gradients = differentiate_inner(self.model, theta, self.options, batch, twice)
         rates = learned.rates.exp()
         return {
-            name: theta[name] - rate * gradient
-            for name, rate, gradient in zip(theta, rates, gradients, strict=True)
+            name: theta[name] - rate * gradient for name, rate, gradient in zip(theta, rates, gradients, strict=True)
         }
 
 
@@ -339,99 +311,6 @@ def pull_back(
     return found[:-2], found[-2], found[-1]
 
 
-# Neighbours
-
-
-def find_neighbours(embeddings: Tensor, table: Tensor, barred: Sequence[int] = ()) -> Tensor:
-    """Return the token whose embedding points most nearly the same way, `[...]` for embeddings `[..., hidden]`.
-
-    By cosine: by distance, rows of low norm would be nearest to everything (methods section 3). `barred` ids never are.
-    """
-    cosines = F.normalize(embeddings.flatten(0, -2), dim=1) @ F.normalize(table, dim=1).T
-    cosines[:, list(barred)] = -torch.inf
-    return cosines.argmax(1).view(embeddings.shape[:-1])
-
-
-def neighbour_gradient(embeddings: Tensor, table: Tensor, barred: Sequence[int]) -> tuple[float, Tensor]:
-    """Return mean |E_i - nearest|^2 as a share of the table's mean square row norm, and its gradient by E."""
-    difference = embeddings - F.embedding(find_neighbours(embeddings, table, barred), table)
-    whole = float(table.square().sum(1).mean()) * difference[..., 0].numel()
-    return float(difference.square().sum()) / whole, difference * (2 / whole)
-
-
-# The whole
-
-
-def draw_start(states: Sequence[Sequence[Theta]], samples: Samples, options: TrajectoryOptions, seed: int) -> Start:
-    """Draw an expert, a place on its trajectory, and the samples of each inner step."""
-    random = torch.Generator().manual_seed(seed)
-    expert = states[int(torch.randint(len(states), (1,), generator=random))]
-    place = int(torch.randint(len(expert) - options.ahead, (1,), generator=random))
-    count, size = len(samples.ids), min(options.batch, len(samples.ids))
-    rows = tuple(torch.randperm(count, generator=random)[:size] for _ in range(options.inner))
-    return Start(expert[place], expert[place + options.ahead], rows)
-
-
-def distil_prompts(
-    model: Model, samples: Samples, states: Sequence[Sequence[Theta]], options: TrajectoryOptions,
-    barred: Sequence[int] = (), report: Report | None = None,
-) -> Distilled:  # fmt: skip
-    """Learn the samples' prompts and put them back as tokens; `states` are the experts', `barred` ids never come up."""
-    matching, table = Matching(model, samples, options), model.ends["embed"]
-    learned = start_learned(model, samples, states[0], options)
-    tests = [draw_start(states, samples, options, -1 - number) for number in range(8)]
-    out = Distilled(samples.ids.clone(), first=judge(matching, learned, tests))
-    unit = float(table.square().mean().sqrt())
-    optimizer = torch.optim.Adam([
-        {"params": [learned.embeddings.requires_grad_()], "lr": options.rate * unit},
-        {"params": [learned.rates.requires_grad_()], "lr": options.tempo},
-    ])  # fmt: skip
-    for step in range(options.steps):
-        start = draw_start(states, samples, options, options.seed * 1_000_003 + step)
-        loss, learned.embeddings.grad, learned.rates.grad = match_gradients(matching, learned, start)
-        learned.embeddings.grad += options.pull * neighbour_gradient(learned.embeddings.detach(), table, barred)[1]
-        optimizer.step()
-        out.curve.append(loss)
-        if report is not None:
-            report("match trajectories", step + 1, options.steps)
-    begin, end = samples.learned
-    found = Learned(learned.embeddings.detach(), learned.rates.detach())
-    nearest = find_neighbours(found.embeddings, table, barred)
-    out.ids[:, begin:end] = nearest
-    out.before = judge(matching, found, tests)
-    out.after = judge(matching, Learned(F.embedding(nearest, table), found.rates), tests)
-    return out
-
-
 def judge(matching: Matching, learned: Learned, starts: Sequence[Start]) -> float:
     """Return the mean matching loss over some starts."""
     return sum(float(measure_match(roll_out(matching, learned, start)[-1], start)) for start in starts) / len(starts)
-
-
-# Text
-
-
-def write_samples(samples: Samples, ids: Tensor, tokenizer: Any, end: Sequence[int]) -> list[dict[str, str]]:
-    """Return a row with prompt and response for each sample: the response is what counts, without the `end` ids."""
-    rows = []
-    for own, weights, size in zip(ids.tolist(), samples.weights.tolist(), samples.sizes, strict=True):
-        split = next(place for place in range(samples.learned[1], size) if weights[place])
-        answer = own[split:size]
-        if end and answer[-len(end) :] == list(end):
-            answer = answer[: -len(end)]
-        prompt = own[samples.learned[0] : split]
-        texts = [tokenizer.decode(part, skip_special_tokens=False) for part in (prompt, answer)]
-        rows.append({"prompt": texts[0], "response": texts[1]})
-    return rows
-
-
-def count_round_trip(samples: Samples, ids: Tensor, rows: Sequence[Mapping[str, str]], tokenizer: Any) -> float:
-    """Return the share of prompts that are the same tokens when their text is tokenised again.
-
-    What another vocabulary makes of a text it makes from the text: there only the text counts.
-    """
-    same = 0
-    for own, weights, row in zip(ids.tolist(), samples.weights.tolist(), rows, strict=True):
-        split = next(place for place in range(samples.learned[1], len(own)) if weights[place])
-        same += tokenizer.encode(row["prompt"], add_special_tokens=False).ids == own[samples.learned[0] : split]
-    return same / len(rows)
