@@ -51,9 +51,11 @@ class Device:
 def read_amount(text: str, units: Mapping[str, float], where: str, example: str) -> float:
     """Return a number above 0 with one of `units` behind it; UserError otherwise."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in units or not 0 < float(found[1]) * units[found[2]] < MOST:
+    if found is None or found[2] not in units:
         names = ", ".join(unit for unit in units if unit)
-        raise UserError(f"{where} {text}: is not a number with a unit ({names}); give it like {example}.")
+        raise UserError(f"{where} {text} is not a number with a unit ({names}); give it like {example}.")
+    if not 0 < float(found[1]) * units[found[2]] < MOST:
+        raise UserError(f"{where} {text} has to be above 0 and of a size that exists; give it like {example}.")
     return float(found[1]) * units[found[2]]
 
 

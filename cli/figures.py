@@ -126,7 +126,7 @@ def draw_frontier(frontier: Frontier, profile: str) -> Figure:
     marks = {
         "x": x, "y": y, "tooltip": list_hover(rows),
         "color": colour("format", "number format", rows), "shape": shape_scale(rows),
-        "opacity": {"condition": {"test": "datum.frontier", "value": 1}, "value": 0.45},
+        "opacity": {"condition": {"test": "datum.frontier" if frontier.answers else "true", "value": 1}, "value": 0.45},
     }  # fmt: skip
     layers = [
         {"transform": [{"filter": "datum.frontier"}],
@@ -138,7 +138,11 @@ def draw_frontier(frontier: Frontier, profile: str) -> Figure:
         {"mark": {"type": "text", "fontSize": 11, "align": {"expr": f"{SHARED} ? 'left' : 'center'"},
                   "dx": {"expr": f"{SHARED} ? 4 : 0"}, "dy": {"expr": f"{SHARED} ? 16 : -14"}}, "encoding": text},
     ]  # fmt: skip
-    title = f"{profile}, {rows[0]['workload']}: {rows[0]['source']}"
+    if any(row["slowest"] is not None for row in rows):
+        ends = {"x": {**x, "field": "slowest"}, "x2": {"field": "quickest"}, "y": y}
+        known = [{"filter": "isValid(datum.slowest)"}]
+        layers.insert(1, {"transform": known, "mark": {"type": "rule", "color": COLOURS[5]}, "encoding": ends})
+    title = ", ".join(part for part in (profile, rows[0]["workload"]) if part) + f": {rows[0]['source']}"
     alt = f"Perplexity against {rows[0]['source']} tokens per second on {profile}, for " + ", ".join(
         f"{row['point']} ({row['tokens_per_s']:,.4g} tokens/s, perplexity {row['perplexity']:.4g})" for row in rows
     )
@@ -165,7 +169,7 @@ def describe_point(frontier: Frontier, point: Point, speed: PointSpeed) -> Row:
     return {
         "point": point.name, "kind": kind_of(point), "format": point.format,
         "source": "measured" if speed.measured else "predicted", "workload": speed.workload,
-        "tokens_per_s": speed.tokens_per_s, "speedup": speed.speedup,
+        "tokens_per_s": speed.tokens_per_s, "slowest": speed.low, "quickest": speed.high, "speedup": speed.speedup,
         "perplexity": point.perplexity.value, "low": point.perplexity.low, "high": point.perplexity.high,
         "rise": point.perplexity.value / dense.perplexity.value - 1,
         "size_mib": point.bytes / MEBI, "memory_mib": speed.memory_bytes / MEBI,
@@ -179,7 +183,8 @@ def list_hover(rows: Sequence[Row]) -> list[Row]:
         field("point", "nominal"), field("kind", "nominal"), field("format", "nominal", "number format"),
         number("tokens_per_s", f"tokens/s, {rows[0]['source']}"), number("speedup", "times dense", ".2f"),
         number("perplexity", "perplexity"), number("rise", "against dense", "+.1%"),
-        number("size_mib", "weights, MiB", ",.1f"), number("memory_mib", "memory on the device, MiB", ",.1f"),
+        number("size_mib", "on disk, MiB", ",.1f"),
+        *([number("memory_mib", "memory on the device, MiB", ",.1f")] if rows[0]["memory_mib"] else []),
     ]  # fmt: skip
 
 

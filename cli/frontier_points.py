@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import time
 from dataclasses import dataclass, replace
@@ -30,12 +29,12 @@ from cli.frontier_quality import (
 from cli.frontier_store import PLANS, POINTS, WORK, load_point, save_point
 from cli.manifest import encode_manifest, list_versions
 from cli.measure import ONNX_FOLDER, Model
+from cli.page_run import read_curve
 from cli.planned import make_row
 from cli.prepare import Texts
 from cli.recovered import read_defaults
 from cli.run import list_flags
 from cli.training import run_recover
-from cli.training_output import CURVE_OUT
 from cli.version import read_version
 from cli.weights import FormatFlags, open_form
 from cli.written import Clock, open_folder
@@ -47,12 +46,11 @@ from compress.pipeline import Result, Task, compress_checkpoint, describe_run
 from compress.plan import Plan, keep_everything
 from compress.recover.state import RUN_NAME
 from compress.report import DIFFERENT
-from compress.report_frontier import CurveRow, Interval, Point
+from compress.report_frontier import Interval, Point
 from compress.surgery.describe import new_config
 from compress.text import Windows
 
 Scorer = Any  # (Model) -> Mapping[str, Interval]
-CURVE_ROWS = 100  # of a loss curve in the report
 DENSE_VIEW = "dense.safetensors"
 
 
@@ -111,6 +109,7 @@ def make_point(bench: Bench, variant: Variant) -> Point:
     """Return a point: the one that is there, or one that is made, measured and saved now."""
     found = load_point(bench.place(variant))
     if found is not None:
+        make_graph(bench, variant)  # a device that is measured may have been named since
         return found
     clock = Clock()
     make_folder(bench, variant)
@@ -271,34 +270,27 @@ def read_seconds(bench: Bench, variant: Variant) -> dict[str, float]:
     return seconds
 
 
-def read_curve(folder: Path) -> tuple[CurveRow, ...]:
-    """Return the loss curve that a training run left, thinned to what a picture shows; its last row stays."""
-    with (folder / CURVE_OUT).open(encoding="utf-8", newline="") as text:
-        rows = [
-            CurveRow(int(row["tokens"]), float(row["loss"]), float(row["heldout"]) if row["heldout"] else None)
-            for row in csv.DictReader(text)
-        ]
-    step = -(-len(rows) // CURVE_ROWS)
-    last = len(rows) - 1
-    return tuple(row for place, row in enumerate(rows) if row.heldout is not None or (last - place) % step == 0)
-
-
 def describe_command(bench: Bench, variant: Variant) -> str:
     """Return the commands that make a point again, one a line; none for the dense model as it is."""
     level, request, lines = variant.level, bench.made.request, []
-    source, text = request.source, shlex.quote(str(request.text))
+    source, text, recipe = request.source, shlex.quote(str(request.text)), bench.made.job.recipe
+    held = f" --eval-text {shlex.quote(str(request.eval_text))}" if request.eval_text else ""
+    windows = f" --windows {len(bench.texts.calibration.ids)}"
     if level is not None:
         plan = shlex.quote(str(bench.made.folder / PLANS / f"{level.name}.json"))
         asked = replace(bench.made.job.request, recipe=level.recipe)
-        extra = f" --eval-text {shlex.quote(str(request.eval_text))}" if request.eval_text else ""
-        lines += [f"lightpress compress {shlex.quote(source)} --plan {plan}{list_flags(asked)}{extra} -o {level.name}"]
+        lines += [f"lightpress compress {shlex.quote(source)} --plan {plan}{list_flags(asked)} -o {level.name}"]
         source = level.name
     if variant.recovered:
         lines += [
             f"lightpress recover {source} --teacher {shlex.quote(request.source)} --text {text} "
-            f"--tokens {request.recover_tokens} -o {variant.exact.name}"
+            f"--tokens {request.recover_tokens} --length {recipe.length} --seed {recipe.seed}{held} "
+            f"-o {variant.exact.name}"
         ]
         source = variant.exact.name
     if variant.format != EXACT:
-        lines += [f"lightpress export {shlex.quote(source)} --format {variant.format} --text {text} -o {variant.name}"]
+        lines += [
+            f"lightpress export {shlex.quote(source)} --format {variant.format} --text {text}{windows} "
+            f"-o {variant.name}"
+        ]
     return "\n".join(lines)

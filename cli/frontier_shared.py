@@ -17,6 +17,7 @@ from cli.frontier_store import POINT, POINTS
 from cli.measure import limit_threads
 from compress.errors import UserError
 
+GRACE = 30.0  # seconds that an interrupted process has to save what it was training
 LOOK_SECONDS = 0.5  # between two looks at how far the others are
 
 
@@ -48,13 +49,21 @@ def share_work(bench: Bench, console: Console) -> None:
                 console.progress("points", min(done, len(variants) - 1), len(variants))
             raise_failure(receive(receiver))
             worker.join()
+    except KeyboardInterrupt:
+        wait_for(workers, GRACE)  # it reached them too: training saves its step
+        raise
     finally:
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
-        for worker in workers:
-            if worker.pid is not None:
-                worker.join()
+        wait_for(workers)
+
+
+def wait_for(workers: Sequence[Any], seconds: float | None = None) -> None:
+    """Wait until processes that were started have ended, each no longer than that."""
+    for worker in workers:
+        if worker.pid is not None:
+            worker.join(seconds)
 
 
 def slice_levels(names: Sequence[str], count: int) -> list[list[str]]:
@@ -83,6 +92,8 @@ def make_share(request: CompareRequest, names: Sequence[str], sender: Any) -> No
         sender.send(("", ""))
     except (UserError, RunFailure) as error:
         sender.send((type(error).__name__, str(error)))
+    except KeyboardInterrupt:
+        pass  # the first process ends them all, and says so
 
 
 def is_among(variant: Variant, names: Sequence[str]) -> bool:

@@ -55,16 +55,17 @@ def rate_target(
     """Return every point's speed on one device (None: it does not read the format) and how it was found."""
     devices = [find_device(bench.made, target, variant) for variant in variants]
     if not target.measured:
+        unread = {variant.format for variant, device in zip(variants, devices, strict=True) if device is None}
+        limit = f" It does not read {', '.join(sorted(unread))}." if unread else ""
         return [
             predict_point(bench, target, device, variant) if device else None
             for device, variant in zip(devices, variants, strict=True)
-        ], f"{target.name}: predicted by its profile, {describe_target(target)}."
-    taken = [variant for variant, device in zip(variants, devices, strict=True) if device or target.device is None]
-    measured = measure_points(bench, target, taken, console)
+        ], f"{target.name}: predicted by its profile, {describe_target(target)}.{limit}"
+    # What its profile does not know of, this machine can be measured with all the same.
+    measured = measure_points(bench, target, variants, console)
     dense = next(iter(measured.rates.values()))[0]
-    speeds = [
-        rate_measured(bench, target, measured, (variant, device)) if variant in taken else None
-        for variant, device in zip(variants, devices, strict=True)
+    speeds: list[PointSpeed | None] = [
+        rate_measured(bench, target, measured, pair) for pair in zip(variants, devices, strict=True)
     ]
     note = describe_speed(dense, measured.size, "ONNX Runtime").removeprefix("Speed: ")
     return speeds, f"{target.name}: measured, {note}"
@@ -102,7 +103,7 @@ def rate_measured(
     speed, ratio = measured.rates[variant.name]
     rate, low, high = read_rate(speed, target.workload, measured.size)
     cost = device.estimate(bench.open(variant)[1].shape) if device else None
-    memory = cost.memory_bytes if cost else float(sum(measure_files(bench.graph(variant))))
+    memory = cost.memory_bytes if cost else 0.0
     words = describe_workload(device) if device else describe_target(target)
     seconds = dict(cost.seconds) if cost else {}
     return PointSpeed(target.name, words, True, rate, ratio, seconds, memory, low, high)

@@ -20,11 +20,13 @@ LEGEND = f"{ON} not beaten on both axes, {KNEE} the knee of those"
 
 def render_frontier(frontier: Frontier) -> str:
     """Return all tables with their notes, and the answers for each device."""
-    parts = [render_quality(frontier.points), *render_blocks(list_speeds(frontier))]
+    quality = render_quality(frontier.points)
+    parts = [quality, *render_blocks(list_speeds(frontier))]
+    interval = ", with its 95 % interval" if "95 %" in quality else ""
     tasks = list_tasks(frontier.points)
     parts += render_blocks(tasks) if len(tasks[0]) > 1 else []
     notes = [
-        f"{frontier.text_note} Of dense: perplexity above the dense model's, with its 95 % interval.",
+        f"{frontier.text_note} Of dense: perplexity above the dense model's{interval}.",
         f"Speed: tokens/s, times dense; {LEGEND}.", *frontier.speed_notes,
     ]  # fmt: skip
     parts.append("\n".join(fill(note) for note in notes))
@@ -143,7 +145,7 @@ def explain_answers(frontier: Frontier, profile: str) -> Iterator[str]:
         )
         return
     if answers.fastest is None:
-        yield f"{profile}: no point stays within {loss} of the dense model's perplexity and is on the frontier."
+        yield f"{profile}: no point is faster and within {loss} of the dense model's perplexity."
     else:
         yield f"{profile}: the fastest within {loss} of dense is {describe(points[answers.fastest], profile)}."
     if answers.best is None:

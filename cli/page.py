@@ -17,9 +17,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html.j2"
 # What the page runs when it opens: vl-convert puts vega, vega-lite and vega-embed in front of it.
 MOUNT = "window.mountCharts(vegaEmbed);"
+JOINED = " The dashed line joins the points that no other beats on both axes; the rest is faint."
 SECTIONS = {
-    "frontier": ("Accuracy against speed", "Lower and further right is better. The dashed line joins the points that "
-                 "no other beats on both axes; the rest is faint."),
+    "frontier": ("Accuracy against speed", "Lower and further right is better."),
     "accuracy": ("Tasks", "Share of right answers, with 95 % bootstrap intervals."),
     "shapes": ("Shapes", "What is kept of each layer of the dense model; a layer that is gone has no box."),
     "time": ("Where the time goes", "As the cost model of each profile has it, for the workload named above."),
@@ -48,7 +48,8 @@ def render_page(frontier: Frontier) -> str:
     return place.get_template(PAGE).render(
         frontier=frontier, dense=frontier.points[0], points=frontier.points, dense_name=DENSE,
         profiles=list(frontier.points[0].speeds), summary=summarise(frontier), version=read_version(),
-        sections=group_figures(figures), tasks=list_tasks(frontier), samples=pair_samples(frontier),
+        sections=group_figures(figures, bool(frontier.answers)), tasks=list_tasks(frontier),
+        samples=pair_samples(frontier),
         charts={figure.name: figure.spec for figure in figures}, library=bundle_library(),
         manifest=json.dumps(make_plain(frontier.manifest), indent=1), one=len(frontier.points) <= len("ab"),
     )  # fmt: skip
@@ -63,10 +64,10 @@ def bundle_library() -> str:
     return library.replace("</script", "<\\/script")
 
 
-def group_figures(figures: list[Figure]) -> list[tuple[str, str, str, list[Figure]]]:
+def group_figures(figures: list[Figure], joined: bool) -> list[tuple[str, str, str, list[Figure]]]:
     """Return (name, title, note, figures) of each section that has figures."""
     found = [
-        (name, title, note, [figure for figure in figures if figure.section == name])
+        (name, title, note + JOINED * (joined and name == "frontier"), [one for one in figures if one.section == name])
         for name, (title, note) in SECTIONS.items()
     ]
     return [section for section in found if section[3]]

@@ -12,7 +12,8 @@ from cli.page import write_frontier_page
 from compress.report import Comparison, DeviceReport, LayerRow, Metrics, RunReport
 from compress.report_frontier import DENSE, CurveRow, Frontier, Interval, Point, PointSpeed
 
-REPORT_NAME = "report.html"
+REPORT_NAME, CURVE_OUT = "report.html", "recovery.csv"
+CURVE_ROWS = 200  # of a picture
 DECODE, PREFILL = "decode", "prefill"
 
 
@@ -76,12 +77,12 @@ def pair_speeds(device: DeviceReport | None, comparison: Comparison, after: bool
     side, dense = (comparison.compressed if after else comparison.dense), comparison.dense
     assert side is not None and dense is not None
     rates = {
-        f"this machine, {PREFILL}": (PREFILL, side.prefill_tokens_per_s, dense.prefill_tokens_per_s),
-        f"this machine, {DECODE}": (DECODE, side.decode_tokens_per_s, dense.decode_tokens_per_s),
+        f"this machine, {PREFILL}": (side.prefill_tokens_per_s, dense.prefill_tokens_per_s),
+        f"this machine, {DECODE}": (side.decode_tokens_per_s, dense.decode_tokens_per_s),
     }
     found = {
-        name: PointSpeed(name, work, True, own, own / base, {}, 0.0)
-        for name, (work, own, base) in rates.items() if own is not None and base
+        name: PointSpeed(name, "", True, own, own / base, {}, 0.0)
+        for name, (own, base) in rates.items() if own is not None and base
     }  # fmt: skip
     if device is not None:
         found[device.profile] = predict_speed(device, after)
@@ -100,13 +101,17 @@ def predict_speed(device: DeviceReport, after: bool) -> PointSpeed:
 
 
 def read_curve(folder: Path) -> tuple[CurveRow, ...]:
-    """Return the loss curve beside a recovered model; empty without one."""
-    path = folder / "recovery.csv"
+    """Return the loss curve beside a trained model, thinned to what a picture shows; its last row stays.
+
+    Empty where the model was not trained.
+    """
+    path = folder / CURVE_OUT
     if not path.is_file():
         return ()
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return tuple(
-        CurveRow(int(row["tokens"]), float(row["loss"]), float(row["heldout"]) if row["heldout"] else None)
-        for row in rows
-    )
+    with path.open(encoding="utf-8", newline="") as text:
+        rows = [
+            CurveRow(int(row["tokens"]), float(row["loss"]), float(row["heldout"]) if row["heldout"] else None)
+            for row in csv.DictReader(text)
+        ]
+    step, last = -(-len(rows) // CURVE_ROWS), len(rows) - 1
+    return tuple(row for place, row in enumerate(rows) if row.heldout is not None or (last - place) % step == 0)

@@ -143,7 +143,8 @@ def prepare(asked: Mapping[str, Any], console: Console, group: Group = ALONE) ->
     work = output.absolute().with_name(f"{output.absolute().name}.training")
     asked = {**asked, "now": settle_date(work, asked["resume"])}
     stream, heldout = open_texts(asked, student[0])
-    check_weights(student[0], console)
+    for checkpoint, _ in (student, *([teacher] if teacher else [])):
+        check_weights(checkpoint, console)
     lessons = plan_lessons(asked, options.schedule.steps)
     job = Job(asked, student, teacher, stream, heldout, objective, options, work, lessons=lessons)
     check_rounds(job)

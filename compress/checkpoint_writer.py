@@ -41,7 +41,7 @@ def check_output(folder: Path, source: Path | None = None, overwrite: bool = Fal
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"The output {folder} exists and is not empty; choose another folder or allow overwriting it.")
+        raise UserError(f"The output {folder} exists and is not empty; choose another folder or give --overwrite.")
     if not any((target / name).is_file() for name in (CONFIG_NAME, MANIFEST_NAME)):
         # A mistyped path must not cost someone a folder of other things.
         raise UserError(f"The output {folder} has no config.json, so it is not overwritten; choose another folder.")

@@ -35,6 +35,9 @@ def spread_levels(count: int) -> tuple[float, ...]:
     return tuple(round(1 - (1 - LEAST_KEEP) * place / count, 4) for place in range(1, count + 1))
 
 
+GAIN = 1.01  # times dense from which a point counts as faster
+
+
 @dataclass(frozen=True)
 class Standing:
     """Where one model stands on one device: higher `speed` is better, lower `loss` (nats per token) is."""
@@ -85,7 +88,7 @@ def answer_device(points: Sequence[Point], profile: str, loss: float, speedup: f
     ]
     frontier = find_frontier(standings)
     cut = [one for one in frontier if one.name != DENSE]
-    near = [one for one in cut if one.loss <= math.log(dense * (1 + loss))]
+    near = [one for one in cut if one.speed >= GAIN and one.loss <= math.log(dense * (1 + loss))]
     fast = [one for one in cut if one.speed >= speedup]
     knee = find_knee(frontier)
     return Answers(
@@ -168,16 +171,16 @@ def measure_repetition(ids: Sequence[int], size: int = GRAM) -> float:
 
 
 def sample_damage(findings: Findings, prices: Prices) -> Curves:
-    """Return layer -> axis -> a few rows of (kept share, predicted nats per token), everything kept first.
+    """Return layer -> priced axis -> a few rows of (kept share, predicted nats per token), everything kept first.
 
     Loss is predicted as the plan's optimiser does: price x damage^1.2 (compress.choose).
     """
     curves: Curves = {}
     for layer in findings.layers:
         kv, ffn = prices.of_layer(layer.index)
+        found = (("kv", layer.kv, kv), ("ffn", layer.ffn, ffn))
         curves[str(layer.index)] = {
-            "kv": sample_curve(layer.kv, layer.energy, kv),
-            "ffn": sample_curve(layer.ffn, layer.energy, ffn),
+            axis: sample_curve(units, layer.energy, price) for axis, units, price in found if axis in prices.axis
         }
     return curves
 

@@ -384,7 +384,7 @@ def test_formats_tasks_and_this_machine(model, text, tmp_path, monkeypatch):
     assert points[DENSE].speeds["this-machine"].speedup == 1
     assert points["dense-int4"].divergence.value > 0
     assert points["dense-int4"].bytes < points[DENSE].bytes
-    assert "int4" not in frontier.answers["ascend-910b3"].frontier
+    assert not any(name.endswith("int4") for name in frontier.answers["ascend-910b3"].frontier)
     assert any(path.suffix == ".svg" for path in (tmp_path / "figures").iterdir())
     assert "16 prompt and 8 new" in render_frontier(frontier)
 
