@@ -107,6 +107,22 @@ Figures = Annotated[
     Path | None,
     typer.Option("--figures", help="Folder for the figures as PNG and SVG.", rich_help_panel=options.OUTPUT),
 ]
+Search = Annotated[
+    int,
+    typer.Option(
+        "--search", metavar="TRIALS", min=0, rich_help_panel=options.BUDGET,
+        help="More points besides: so many trials of other amounts, axes and formats, which Optuna proposes (extra "
+        "`search`). The same command, started again anywhere, takes its part of them. [default: none]",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", metavar="FILE|URL", rich_help_panel=options.BUDGET,
+        help="Where the trials of --search are kept: a file, or a database such as sqlite:///search.db. "
+        "[default: OUT/search.log]",
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -138,6 +154,8 @@ def compare(
     keep: Keep = None,
     speedup: Speedup = None,
     trials: Trials = None,
+    search: Search = 0,
+    storage: Storage = None,
     formats: Formats = "fp32",
     recover_tokens: RecoverTokens = None,
     tasks: Tasks = None,
@@ -166,12 +184,13 @@ def compare(
         read_names(tasks or ""), task_folder, tuple(pairs or ()), tuple(choices or ()), limit, shots
     )  # fmt: skip
     refuse_idle(asked)
+    refuse_idle_storage(search, storage)
     settled = options.settle_recipe(recipe, {**flags, "trials": trials}, None)
     request = CompareRequest(
         source, settled, output, text, eval_text, tuple(profile or ()),
         read_levels(points, keep, speedup), tuple(dict.fromkeys(split_names(formats))), recover_tokens or "", asked,
         samples, read_share(loss), read_ratio(at_least), figures, overwrite, verify, jobs,
-        BenchSize(rounds=rounds, threads=threads),
+        BenchSize(rounds=rounds, threads=threads), search=search, storage=storage or "",
     )  # fmt: skip
     with Console(as_json, quiet) as console:
         from cli.frontier import run_compare
@@ -189,6 +208,14 @@ def refuse_idle(tasks: TaskFlags) -> None:
     for name, value in (("--task-folder", tasks.folder), ("--shots", tasks.shots)):
         if value is not None and not tasks.names:
             raise UserError(f"{name} does nothing without --tasks: leave it out, or give that too.")
+
+
+def refuse_idle_storage(search: int, storage: str | None) -> None:
+    """Raise UserError for a place to keep trials where there are none, and for an empty one."""
+    if storage is not None and not search:
+        raise UserError("--storage does nothing without --search: leave it out, or give that too.")
+    if storage is not None and not storage.strip():
+        raise UserError("--storage is empty: give a file or a URL, or leave it out.")
 
 
 def read_levels(points: int | None, keep: str | None, speedup: str | None) -> Levels:

@@ -11,18 +11,26 @@ from pathlib import Path
 
 from cli.console import Console
 from cli.figures import write_figures
-from cli.frontier_job import APART, FrontierJob, Variant, list_profiles, prepare_frontier, read_texts
-from cli.frontier_plans import gather_plans, load_damage
+from cli.frontier_job import APART, Variant, list_profiles, prepare_frontier, read_texts
+from cli.frontier_plans import Calibration, gather_plans, load_damage
 from cli.frontier_points import Bench, make_point
 from cli.frontier_request import LOSS, SAMPLES, SPEEDUP, CompareRequest
+from cli.frontier_search import (
+    Found,
+    Place,
+    check_study,
+    gather_found,
+    hide_password,
+    open_place,
+    search_points,
+)
 from cli.frontier_shared import share_work
 from cli.frontier_speed import add_speeds
-from cli.frontier_store import POINT, POINTS, RESULTS, WORK, open_store, write_json, write_whole
+from cli.frontier_store import POINT, POINTS, RESULTS, WORK, write_json, write_whole
 from cli.frontier_table import render_frontier, write_csv
 from cli.manifest import list_versions
 from cli.measure import Model, limit_threads
 from cli.page import write_frontier_page
-from cli.prepare import Texts
 from cli.version import read_version
 from compress.frontier import answer_device
 from compress.recipe import Recipe, flag
@@ -44,37 +52,53 @@ def run_compare(request: CompareRequest, console: Console, scorer: Scorer | None
     started = time.perf_counter()
     made = prepare_frontier(request, console)
     texts = read_texts(made, console)
-    open_store(made.folder, made.settings, request.overwrite)
-    try:
-        frontier = compare_points(made, texts, console, scorer, started)
-    except KeyboardInterrupt as stop:
-        done = len(list((made.folder / POINTS).glob(f"*/{POINT}")))
-        total = len(list(made.list_variants()))
-        raise KeyboardInterrupt(
-            f"stopped; {done} of {total} points are complete in {made.folder}, and the same command goes on from there"
-        ) from stop
-    write_results(frontier, request)
-    shutil.rmtree(made.folder / WORK, ignore_errors=True)
+    check_study(made)
+    with open_place(made) as place:
+        try:
+            frontier = compare_points(Bench(made, texts, {}, console, scorer), place, started)
+        except KeyboardInterrupt as stop:
+            done = len(list((made.folder / POINTS).glob(f"*/{POINT}")))
+            total = len(list(made.list_variants())) + request.search
+            raise KeyboardInterrupt(
+                f"stopped; {done} of {total} points are complete in {made.folder}, and the same command goes on from "
+                "there"
+            ) from stop
     console.show(render_frontier(frontier))
     return frontier
 
 
-def compare_points(
-    made: FrontierJob, texts: Texts, console: Console, scorer: Scorer | None, started: float
-) -> Frontier:
-    """Make all points and join what is known of them."""
-    plans = gather_plans(made, texts, console)
-    made = replace(made, levels=tuple(level for level in made.levels if level.name in plans))
-    bench = Bench(made, texts, plans, console, scorer)
-    if made.request.jobs > 1:
+def compare_points(bench: Bench, place: Place, started: float) -> Frontier:
+    """Make all points, find their speeds, and write the results."""
+    made, texts, console = bench.made, bench.texts, bench.console
+    calibration = Calibration(made, texts, console)
+    with place.hold(console):
+        bench.plans |= gather_plans(made, texts, console, calibration)
+        bench.made = replace(made, levels=tuple(level for level in made.levels if level.name in bench.plans))
+        points = make_points(bench, console)
+    search = search_points(bench, calibration, place) if made.request.search else None
+    with place.hold(console):
+        found = gather_found(search) if search else Found()
+        rated, notes = add_speeds(bench, [*points, *found.points], console)
+        notes += (found.note,) if found.note else ()
+        frontier = join_results(bench, rated, notes, time.perf_counter() - started)
+        if found.rows:
+            frontier = replace(frontier, manifest={**frontier.manifest, "search": found.rows})
+        write_results(frontier, made.request)
+        if place.is_alone():
+            shutil.rmtree(made.folder / WORK, ignore_errors=True)
+    return frontier
+
+
+def make_points(bench: Bench, console: Console) -> list[tuple[Variant, Point]]:
+    """Make the points of all levels."""
+    if bench.made.request.jobs > 1:
         share_work(bench, console)
     points: list[tuple[Variant, Point]] = []
-    variants = list(made.list_variants())
+    variants = list(bench.made.list_variants())
     for place, variant in enumerate(variants):
         points.append((variant, make_point(bench, variant)))
         console.progress("points", place + 1, len(variants))
-    rated, notes = add_speeds(bench, points, console)
-    return join_results(bench, rated, notes, time.perf_counter() - started)
+    return points
 
 
 def join_results(bench: Bench, points: tuple[Point, ...], notes: tuple[str, ...], seconds: float) -> Frontier:
@@ -119,6 +143,8 @@ def describe_run(request: CompareRequest) -> str:
         "--samples": request.samples if request.samples != SAMPLES else None,
         "--loss": f"{100 * request.loss:g}%" if request.loss != LOSS else None,
         "--at-least": f"{request.speedup:g}x" if request.speedup != SPEEDUP else None,
+        "--search": request.search or None,
+        "--storage": hide_password(request.storage) if request.storage else None,
     }  # fmt: skip
     parts += [("--text", request.text), *((name, value) for name, value in own.items() if value is not None)]
     parts += list_recipe(request.recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,6 +135,7 @@ def prepare_frontier(request: CompareRequest, console: Console) -> FrontierJob:
     job = prepare_job(asked, console)
     check_place(request, job)
     targets = tuple(open_target(name, request, job) for name in names)
+    check_predicted(request, targets[0])
     levels = tuple(open_level(name, recipe, job, console) for name, recipe in recipes)
     made = FrontierJob(request, job, targets, levels, read_questions(request, console), {})
     check_room(made)
@@ -163,6 +165,25 @@ def check_request(request: CompareRequest) -> None:
                 "--recover-tokens trains on all of --text, so that nothing of it is left to evaluate on: give "
                 "--eval-text FILE too."
             )
+    if request.search:
+        check_search(request)
+
+
+def check_search(request: CompareRequest) -> None:
+    """Raise UserError where no search can be made."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("--search needs Optuna: pip install 'lightpress[search]'.")
+    if request.levels.speedup:
+        raise UserError("--search varies --keep between its levels: give --keep or --points with it, not --speedup.")
+
+
+def check_predicted(request: CompareRequest, target: Target) -> None:
+    """Raise UserError for a search on a device that nothing is predicted for."""
+    if request.search and target.device is None:
+        raise UserError(
+            f"--search goes by predicted speeds, and {target.name} has no profile yet: measure it once with "
+            "`lightpress profiles measure`, or give another --profile first."
+        )
 
 
 def list_profiles(request: CompareRequest) -> tuple[str, ...]:
@@ -299,6 +320,11 @@ def check_room(made: FrontierJob) -> None:
         keep = recipe.keep if recipe and recipe.budget == "keep" else 1.0
         stored = itemsize if variant.level else 0
         needed += estimate_disk(spec.shape, keep, stored, measured or variant.format != EXACT)
+    trials = max(0, request.search - len(list((made.folder / "points").glob("search-*/point.json"))))
+    if trials:
+        keep = max(level.recipe.keep for level in made.levels)
+        graphs = measured or request.formats != (EXACT,)
+        needed += trials * estimate_disk(spec.shape, keep, itemsize, graphs)
     check_space(request.output, needed)
 
 

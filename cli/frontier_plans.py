@@ -51,7 +51,25 @@ class Survey:
         return self.task is not self.dense
 
 
-def gather_plans(made: FrontierJob, texts: Texts, console: Console) -> dict[str, Plan]:
+@dataclass
+class Calibration:
+    """The survey of a comparison, made when a first plan needs it and then used for all others."""
+
+    made: FrontierJob
+    texts: Texts
+    console: Console
+    found: Survey | None = None
+
+    def survey(self) -> Survey:
+        """Return the survey; its prices are those at the level in the middle of all, planned already or not."""
+        if self.found is None:
+            self.found = survey_model(self.made, self.made.levels, self.texts, self.console)
+        return self.found
+
+
+def gather_plans(
+    made: FrontierJob, texts: Texts, console: Console, calibration: Calibration | None = None
+) -> dict[str, Plan]:
     """Return level -> plan; the dense model is calibrated on once, and not at all where all plans are there.
 
     A level that cannot be reached is left out with a warning where only a number of points was asked for.
@@ -61,7 +79,7 @@ def gather_plans(made: FrontierJob, texts: Texts, console: Console) -> dict[str,
     levels = [level for level in made.levels if level.name not in skipped]
     missing = [level for level in levels if not (folder / f"{level.name}.json").is_file()]
     if missing:
-        skipped = write_plans(made, missing, texts, console)
+        skipped = write_plans(made, missing, calibration or Calibration(made, texts, console))
         levels = [level for level in levels if level.name not in skipped]
     plans = {level.name: load_plan(folder / f"{level.name}.json", made.job.spec.shape) for level in levels}
     if missing:
@@ -70,10 +88,10 @@ def gather_plans(made: FrontierJob, texts: Texts, console: Console) -> dict[str,
     return plans
 
 
-def write_plans(made: FrontierJob, levels: Sequence[Level], texts: Texts, console: Console) -> list[str]:
+def write_plans(made: FrontierJob, levels: Sequence[Level], calibration: Calibration) -> list[str]:
     """Calibrate and write a plan for each level; return the names of those that nothing allowed reaches."""
-    started = time.perf_counter()
-    survey = survey_model(made, levels, texts, console)
+    started, console = time.perf_counter(), calibration.console
+    survey = calibration.survey()
     unreachable = []
     for level in levels:
         try:

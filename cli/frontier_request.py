@@ -49,7 +49,8 @@ class CompareRequest:
 
     `recover_tokens`: text to train each point on, such as 200k (empty: none). `samples`: prompts that are continued.
     `loss`, `speedup`: bounds of the two answers. `scorer`: the name of tasks that the caller scores itself. `jobs`:
-    processes that make points at the same time.
+    processes that make points at the same time. `search`: trials over amounts, axes and formats besides, of the Optuna
+    study in `storage` (empty: a journal in `output`).
     """
 
     source: str
@@ -71,3 +72,5 @@ class CompareRequest:
     jobs: int = 1
     speed: BenchSize = field(default_factory=BenchSize)
     scorer: str = ""
+    search: int = 0
+    storage: str = ""
