@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -156,7 +157,15 @@ def stop_run(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the console script."""
     signal.signal(signal.SIGTERM, stop_run)
-    app(prog_name="lightpress")
+    try:
+        app(prog_name="lightpress")
+    except SystemExit as stop:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # A process was once aborted by its network threads after all was done: they need not be ended.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 0)
+        raise
 
 
 if __name__ == "__main__":

@@ -220,10 +220,14 @@ def refuse_idle_storage(search: int, storage: str | None) -> None:
 
 def read_levels(points: int | None, keep: str | None, speedup: str | None) -> Levels:
     """Return which points are wanted; UserError for more than one way of saying it, and for what is no number."""
-    given = [name for name, value in (("--points", points), ("--keep", keep), ("--speedup", speedup)) if value]
+    ways = (("--points", points), ("--keep", keep), ("--speedup", speedup))
+    given = [name for name, value in ways if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each say which points are made: give one of them.")
-    return Levels(points or POINTS, read_shares(keep), tuple(split_names(speedup or "")))
+    levels = Levels(points or POINTS, read_shares(keep), tuple(split_names(speedup or "")))
+    if given and points is None and not levels.chosen:
+        raise UserError(f"{given[0]} is empty; give it like 1.5 or 0.9,0.7.")
+    return levels
 
 
 def read_shares(text: str | None) -> tuple[float, ...]:

@@ -57,7 +57,8 @@ def run_compare(request: CompareRequest, console: Console, scorer: Scorer | None
         try:
             frontier = compare_points(Bench(made, texts, {}, console, scorer), place, started)
         except KeyboardInterrupt as stop:
-            done = len(list((made.folder / POINTS).glob(f"*/{POINT}")))
+            done = sum((made.folder / POINTS / one.name / POINT).is_file() for one in made.list_variants())
+            done += len(list((made.folder / POINTS).glob(f"search-*/{POINT}")))
             total = len(list(made.list_variants())) + request.search
             raise KeyboardInterrupt(
                 f"stopped; {done} of {total} points are complete in {made.folder}, and the same command goes on from "

@@ -277,7 +277,8 @@ def check_artifact(target: Target, job: Job) -> None:
         check_runtime(replace(job, request=written, device=target.device))
     except UserError as error:
         reason = str(error.__cause__ or error).rstrip(".")
-        raise UserError(f"{target.name} could not run this model ({reason}): leave the profile out.") from error
+        why = reason.split(";")[0]
+        raise UserError(f"{target.name} could not run this model ({why}): leave the profile out.") from error
 
 
 def open_format(target: Target, name: str, job: Job, recipe: Recipe) -> Device | None:
@@ -303,6 +304,10 @@ def check_place(request: CompareRequest, job: Job) -> None:
     """Raise UserError where the output cannot be written, or lies inside the input."""
     check_output(request.output / "points" / DENSE / "new", job.checkpoint.folder)
     check_writable(request.output / "points")
+    place, tasks = request.output.resolve(), request.tasks
+    for path in (job.checkpoint.folder, request.text, request.eval_text, tasks.folder, *tasks.pairs, *tasks.choices):
+        if request.overwrite and path is not None and place in path.resolve().parents:
+            raise UserError(f"Overwriting {request.output} would delete {path} inside it; choose another output.")
     if request.figures is not None and request.figures.exists() and not request.figures.is_dir():
         raise UserError(f"--figures {request.figures}: is a file; choose a folder.")
 
@@ -348,10 +353,13 @@ def describe_settings(made: FrontierJob) -> dict[str, Any]:
         "recipe": {name: value for name, value in recipe.items() if name not in APART},
         "text": hash_file(request.text),
         "evaluation text": hash_file(request.eval_text),
-        "first profile": made.targets[0].name,
+        "first profile": [made.targets[0].name, hash_profile(made.targets[0].device)],
+        "format to plan for": made.job.recipe.format,
+        "tokenizer": {path.name: hash_file(path) for path in made.job.checkpoint.side_files()},
         "number of recovery tokens": request.recover_tokens,
         "set of tasks": {
             "names": tasks.names, "files": [hash_file(path) for path in (*tasks.pairs, *tasks.choices)],
+            "folder": [hash_file(path) for path in sorted(tasks.folder.rglob("*.y*ml"))] if tasks.folder else None,
             "limit": tasks.limit, "shots": tasks.shots, "own": request.scorer,
         },
         "number of samples": request.samples,
@@ -364,3 +372,8 @@ def hash_file(path: Path | None) -> str | None:
         return None
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_profile(device: Device | None) -> str | None:
+    """Return the SHA-256 of what a profile says."""
+    return hashlib.sha256(repr(device.profile).encode()).hexdigest() if device else None

@@ -75,7 +75,7 @@ def gather_plans(
     A level that cannot be reached is left out with a warning where only a number of points was asked for.
     """
     folder = made.folder / PLANS
-    skipped = load_calibration(made).get("unreachable", [])
+    skipped = [] if made.request.levels.chosen else load_calibration(made).get("unreachable", [])
     levels = [level for level in made.levels if level.name not in skipped]
     missing = [level for level in levels if not (folder / f"{level.name}.json").is_file()]
     if missing:
@@ -97,17 +97,18 @@ def write_plans(made: FrontierJob, levels: Sequence[Level], calibration: Calibra
         try:
             plan = plan_level(survey, level, console)
         except UserError as error:
-            if made.request.levels.chosen or level == levels[0]:
+            if made.request.levels.chosen or level == made.levels[0]:
                 raise
             console.warn(f"{level.name} is left out: {error}")
             unreachable.append(level.name)
             continue
         new_config(made.job.spec, plan, level.recipe)  # refuses what no stock class holds
         write_plan(plan, made.folder / PLANS / f"{level.name}.json")
+    before = load_calibration(made).get("unreachable", [])
     found = {
         "damage": sample_damage(survey.seen, survey.prices), "tokens": survey.seen.tokens,
         "skipped_sink_tokens": survey.seen.sinks, "pinned_channels": len(survey.seen.pinned),
-        "seconds": time.perf_counter() - started, "unreachable": unreachable,
+        "seconds": time.perf_counter() - started, "unreachable": sorted({*before, *unreachable}),
     }  # fmt: skip
     write_json(made.folder / CALIBRATION, found)
     return unreachable
