@@ -20,7 +20,7 @@ MOUNT = "window.mountCharts(vegaEmbed);"
 JOINED = " The dashed line joins the points that no other beats on both axes; the rest is faint."
 SECTIONS = {
     "frontier": ("Accuracy against speed", "Lower and further right is better."),
-    "accuracy": ("Tasks", "Share of right answers, with 95 % bootstrap intervals."),
+    "accuracy": ("Tasks", "Share of right answers; lines are 95 % bootstrap intervals, where they were made."),
     "shapes": ("Shapes", "What is kept of each layer of the dense model; a layer that is gone has no box."),
     "time": ("Where the time goes", "As the cost model of each profile has it, for the workload named above."),
     "memory": ("Memory", "Weights, keys and values of the workload on one device, predicted."),

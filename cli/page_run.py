@@ -15,6 +15,7 @@ from compress.report_frontier import DENSE, CurveRow, Frontier, Interval, Point,
 REPORT_NAME, CURVE_OUT = "report.html", "recovery.csv"
 CURVE_ROWS = 200  # of a picture
 DECODE, PREFILL = "decode", "prefill"
+PLAIN = "fp32"  # what the dense model is measured in
 
 
 def write_run_page(report: RunReport, source: str, command: str, manifest: Mapping[str, Any]) -> Path | None:
@@ -40,7 +41,7 @@ def pair_run(report: RunReport, source: str, command: str, manifest: Mapping[str
         for layer in range(len(plan.layers) + len(plan.dropped_layers))
     )
     speeds = [pair_speeds(plan.device, comparison, side) for side in (False, True)]
-    graph, curve = report.graph_format or "checkpoint", read_curve(report.output)
+    graph, curve = report.graph_format or PLAIN, read_curve(report.output)
     first = make_point((DENSE, 1.0), dense, speeds[0], full, plan.dense_hidden)
     kept = plan.kept_fraction
     second = make_point((f"keep {kept:.2f}", kept), other, speeds[1], plan.layers, plan.hidden)
@@ -61,7 +62,7 @@ def make_point(
     """Return one side of a comparison as a point; `named`: its name and what it keeps."""
     assert metrics.perplexity is not None
     return Point(
-        *named, "checkpoint", 0, layers, hidden, metrics.parameters, metrics.bytes, Interval(metrics.perplexity),
+        *named, PLAIN, 0, layers, hidden, metrics.parameters, metrics.bytes, Interval(metrics.perplexity),
         measured(metrics.divergence), measured(metrics.agreement), speeds,
         {name: Interval(value) for name, value in metrics.accuracy.items()},
     )  # fmt: skip
