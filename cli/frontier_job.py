@@ -28,7 +28,7 @@ from cli.prepare import Job, Texts, check_goal, check_runtime, check_writable, g
 from cli.request import Request
 from cli.tasks import Questions, gather_questions
 from cli.weights import BITS
-from compress.checkpoint_writer import check_output, check_space
+from compress.checkpoint_writer import check_kept, check_output, check_space
 from compress.errors import UserError
 from compress.frontier import spread_levels
 from compress.goal import Goal
@@ -304,10 +304,10 @@ def check_place(request: CompareRequest, job: Job) -> None:
     """Raise UserError where the output cannot be written, or lies inside the input."""
     check_output(request.output / "points" / DENSE / "new", job.checkpoint.folder)
     check_writable(request.output / "points")
-    place, tasks = request.output.resolve(), request.tasks
-    for path in (job.checkpoint.folder, request.text, request.eval_text, tasks.folder, *tasks.pairs, *tasks.choices):
-        if request.overwrite and path is not None and place in path.resolve().parents:
-            raise UserError(f"Overwriting {request.output} would delete {path} inside it; choose another output.")
+    tasks = request.tasks
+    if request.overwrite:
+        texts = (request.text, request.eval_text, tasks.folder, *tasks.pairs, *tasks.choices)
+        check_kept(request.output, (job.checkpoint.folder, *texts))
     if request.figures is not None and request.figures.exists() and not request.figures.is_dir():
         raise UserError(f"--figures {request.figures}: is a file; choose a folder.")
 

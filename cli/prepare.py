@@ -17,7 +17,7 @@ from cli.estimate import estimate_disk, estimate_memory, estimate_spill, free_me
 from cli.export_flags import OM
 from cli.request import Request
 from compress.checkpoint import Checkpoint, check_finite, open_checkpoint
-from compress.checkpoint_writer import check_output, check_space
+from compress.checkpoint_writer import check_kept, check_output, check_space
 from compress.errors import UserError
 from compress.goal import Goal
 from compress.importance import find_score
@@ -76,6 +76,9 @@ def prepare_job(request: Request, console: Console, group: Group = ALONE) -> Job
     checkpoint = open_checkpoint(request.source)
     if request.output is not None:
         check_output(request.output, checkpoint.folder, request.overwrite)
+        if request.overwrite:
+            texts = request.recovery.texts if request.recovery else ()
+            check_kept(request.output, (request.text, request.eval_text, request.plan, *texts))
     spec = read_spec(checkpoint)
     recipe = replace(request.recipe, length=min(request.recipe.length, spec.max_positions))
     plan = read_plan(request.plan, spec.shape) if request.plan else None

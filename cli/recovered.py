@@ -15,7 +15,6 @@ import filecmp
 import inspect
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -35,7 +34,7 @@ from cli.training import run_recover
 from cli.training_job import ACTIVATION_BYTES
 from cli.training_output import CURVE_OUT
 from cli.written import Clock, Made, describe_manifest, open_folder, prepare_artifact
-from compress.checkpoint_writer import MANIFEST_NAME, check_space
+from compress.checkpoint_writer import MANIFEST_NAME, check_space, remove_folder
 from compress.errors import UserError
 from compress.hidden import release_memory
 from compress.pipeline import SAMPLE, Result, Task, compress_checkpoint, storage_dtype
@@ -179,8 +178,28 @@ def resume_plan(job: Job, texts: Texts, console: Console) -> Plan:
         other = find_difference(name, made.get(name), now.get(name))
         if other:
             raise UserError(f"{folder} was made with another {other}; resume with the same, or delete it.")
+    if job.request.eval_text is None and job.request.text is not None and not (folder / TRAIN_NAME).is_file():
+        raise UserError(
+            f"{folder} was made with an --eval-text, so that training sees all of {job.request.text}; resume with "
+            "it, or delete that folder."
+        )
     console.note(f"Going on with {folder}: the model is rebuilt already.")
+    if name_sibling(job, RECOVERED).is_dir():
+        check_trained(job)
     return plan
+
+
+def check_trained(job: Job) -> None:
+    """Raise UserError where the trained model that waits for its export was trained in another way than asked."""
+    folder, asked = name_sibling(job, RECOVERED), make_plain(fill_request(job))
+    facts = read_manifest(folder)["recovery"][-1]
+    made = {**facts["settings"], "rate": facts["rate"]}
+    for name in ("tokens", "batch", "length", "text", "field", "seed", "offline", *(["rate"] if asked["rate"] else [])):
+        if made.get(name) != asked[name]:
+            raise UserError(
+                f"{folder} was trained with another {name} ({made.get(name)}, now {asked[name]}); resume with the "
+                "same, or delete it to train again."
+            )
 
 
 def find_difference(name: str, made: Any, now: Any) -> str:
@@ -316,7 +335,7 @@ def write_recovered(job: Job, plan: Plan, texts: Texts, clock: Clock, console: C
         left = f"stopped; {folder} keeps the rebuilt model: give the same command with --resume to go on"
         raise KeyboardInterrupt(str(stop) or (left if folder.is_dir() else "")) from stop
     for kind in (TRAINING, RECOVERED, COMPRESSED):  # the one that --resume looks for goes last
-        shutil.rmtree(name_sibling(job, kind), ignore_errors=True)
+        remove_folder(name_sibling(job, kind))
     return output, made
 
 

@@ -20,7 +20,7 @@ from cli.page_run import write_run_page
 from cli.planned import show_plan
 from cli.prepare import Job, Texts, decide_plan, gather_texts, keeps_everything, prepare_job, require_file
 from cli.render import render_comparison, render_proof
-from cli.request import BenchSize, Request
+from cli.request import BenchSize, Recovery, Request
 from cli.written import Clock, Made, make_task, write_model
 from compress.checkpoint import open_checkpoint
 from compress.evaluate import Quality
@@ -202,9 +202,20 @@ def name_command(request: Request) -> str:
     """Return the command that makes the same again."""
     flags = list_flags(request, () if request.plan is None else options.PLAN_KEYS)
     plan = f" --plan {shlex.quote(str(request.plan))}" if request.plan else ""
-    training = f" --recover {request.recovery.tokens}" if request.recovery else ""
+    training = list_training(request.recovery)
     source, output = shlex.quote(request.source), shlex.quote(str(request.output))
     return f"lightpress compress {source}{plan}{flags}{training} -o {output}"
+
+
+def list_training(recovery: Recovery | None) -> str:
+    """Return the flags of the training after the rebuild."""
+    if recovery is None:
+        return ""
+    given: list[tuple[str, object]] = [("--recover", recovery.tokens)]
+    given += [("--recover-text", path) for path in recovery.texts]
+    given += [("--recover-lr", recovery.rate)] if recovery.rate is not None else []
+    flags = "".join(f" {name} {shlex.quote(str(value))}" for name, value in given)
+    return flags + " --recover-offline" * recovery.offline
 
 
 def list_flags(request: Request, decided: Collection[str] = options.PLAN_KEYS) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from cli.manifest import encode_manifest
 from cli.measure import Model, limit_threads
 from cli.prepare import check_writable
 from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter, check_space
+from compress.checkpoint_writer import MANIFEST_NAME, CheckpointWriter, check_output, check_space
 from compress.errors import UserError
 from compress.recover.merge import check_mergeable, merge_step
 from compress.recover.model import Frozen
@@ -90,7 +91,11 @@ def run_merge(asked: Mapping[str, Any], console: Console) -> dict[str, Any]:
     base = open_checkpoint(asked["student"])
     others = [open_checkpoint(name) for name in asked["merge"].split(",") if name]
     rate = 1.0 if asked["merge_rate"] is None else asked["merge_rate"]
+    if not math.isfinite(rate):
+        raise UserError(f"--merge-rate {rate:g} is no rate; give a number such as 0.5.")
     check_mergeable([base, *others])
+    for other in others:
+        check_output(Path(asked["output"]), other.folder, asked["overwrite"])
     check_writable(Path(asked["output"]))
     check_space(Path(asked["output"]), base.nbytes)
     facts = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from cli.training_job import ACTIVATION_BYTES, Job, Lesson, describe_job, prepar
 from cli.training_lessons import open_lesson, score_material, take_text
 from cli.training_output import describe_run, show_result, write_student
 from cli.training_watch import evaluate, resume_run, train_lesson
+from compress.checkpoint_writer import remove_folder
+from compress.errors import UserError
 from compress.parallel import ALONE, Group
 from compress.recover.loop import Trainer, train
 from compress.recover.lora import LoraOptions
@@ -38,9 +40,10 @@ def run_recover(asked: Mapping[str, Any], console: Console, group: Group = ALONE
     if group.first:
         open_work(job.work, job.settings, asked["resume"])
     group.wait()
-    job = replace(job, order=group.tell(settle_order(job, console) if group.first else None))
-    if asked["offline"] and not job.lessons[0].round:  # before the student takes its memory
-        score_material(job, take_text(job), console, group)
+    with forget_refused(job, group):
+        job = replace(job, order=group.tell(settle_order(job, console) if group.first else None))
+        if asked["offline"] and not job.lessons[0].round:  # before the student takes its memory
+            score_material(job, take_text(job), console, group)
     trainer = make_trainer(job, group)
     before = evaluate(job, trainer)
     resume_run(job, trainer, console)
@@ -52,8 +55,19 @@ def run_recover(asked: Mapping[str, Any], console: Console, group: Group = ALONE
     proofs = write_student(job, trainer.student, facts, console)
     if not group.first:
         return facts
-    shutil.rmtree(job.work, ignore_errors=True)
+    remove_folder(job.work)
     return show_result(job, {**facts, "proofs": make_plain(proofs)}, proofs, console)
+
+
+@contextmanager
+def forget_refused(job: Job, group: Group) -> Iterator[None]:
+    """Remove the folder of a new run that is refused before its first step: a corrected command starts anew."""
+    try:
+        yield
+    except UserError:
+        if group.first and not job.asked["resume"]:
+            remove_folder(job.work)
+        raise
 
 
 def train_all(job: Job, trainer: Trainer, console: Console) -> None:

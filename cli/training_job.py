@@ -21,7 +21,7 @@ from cli.measure import Model
 from cli.prepare import check_weights, check_writable
 from cli.trained import open_model
 from compress.checkpoint import Checkpoint
-from compress.checkpoint_writer import check_output, check_space
+from compress.checkpoint_writer import check_kept, check_output, check_space
 from compress.errors import UserError
 from compress.parallel import ALONE, Group
 from compress.recover.data import Batch, DataStream, StreamOptions, make_options, open_stream
@@ -131,6 +131,9 @@ def prepare(asked: Mapping[str, Any], console: Console, group: Group = ALONE) ->
     teacher = open_model(asked["teacher"]) if asked["teacher"] else None
     for checkpoint, _ in (student, *([teacher] if teacher else [])):
         check_output(output, checkpoint.folder, asked["overwrite"])
+    check_kept(output, [asked["cache"]])
+    if asked["overwrite"]:
+        check_kept(output, (*map(Path, asked["text"]), asked["eval_text"]))
     read_options(asked)
     objective = make_objective(asked)
     if teacher is not None:
@@ -141,7 +144,7 @@ def prepare(asked: Mapping[str, Any], console: Console, group: Group = ALONE) ->
     check_room(asked, student, output, group)
     console.note("Reading the text.")
     work = output.absolute().with_name(f"{output.absolute().name}.training")
-    asked = {**asked, "now": settle_date(work, asked["resume"])}
+    asked = {**asked, "now": group.tell(settle_date(work, asked["resume"]))}
     stream, heldout = open_texts(asked, student[0])
     for checkpoint, _ in (student, *([teacher] if teacher else [])):
         check_weights(checkpoint, console)

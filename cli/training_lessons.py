@@ -188,11 +188,13 @@ def score_material(job: Job, material: Material, console: Console, group: Group)
     """Let the teacher score what no finished file holds yet, each process its share; return the plan of the scores."""
     assert job.teacher is not None
     plan, folder = plan_scores(job, material), material.scores
-    size = plan.form.record.itemsize * plan.batches * job.batch_tokens
-    check_space(folder, size)
     if group.first:
         open_cache(folder, plan)
-    if group.tell(list_missing(folder, plan)):
+    missing = group.tell(list_missing(folder, plan))
+    if missing:
+        batches = min(len(missing) * plan.per_shard, plan.batches)
+        size = plan.form.record.itemsize * batches * job.batch_tokens
+        check_space(folder, size)
         console.note(f"Scoring with the teacher: the top {plan.form.k} of each token, at most {format_bytes(size)}.")
         try:
             model = Frozen(*job.teacher, device=group.device)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -313,3 +314,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_kept(folder: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise UserError where overwriting `folder` would delete one of the `inputs`."""
+    target = folder.resolve()
+    for path in inputs:
+        if path is not None and target in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"Overwriting {folder} would delete {path} inside it; choose another output.")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder: it loses its name first, so that whatever stops this leaves no half of it behind."""
+    aside = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

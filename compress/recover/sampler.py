@@ -24,6 +24,9 @@ from compress.spec import ModelSpec
 CACHE_BYTES, MOST_ROWS = 2**28, 64  # of the keys and values of prompts that are answered together
 
 
+COLDEST = 1e-3  # temperature: logits over less leave float32
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """How to draw: `most` new tokens for each prompt, `temperature` (0: the likeliest), nucleus `top_p`, end tokens."""
@@ -35,7 +38,7 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         """Refuse what draws nothing."""
-        if not 0 <= self.temperature < float("inf"):
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
             raise UserError(f"--temperature {self.temperature:g} is none; give 0 for the likeliest token, or about 1.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p:g} is no share of the probability; give more than 0 and at most 1.")

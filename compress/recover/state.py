@@ -108,7 +108,7 @@ def open_work(work: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """
     path = work / RUN_NAME
     if not resume:
-        if path.exists():
+        if path.exists() or list_states(work) or (work / CURVE_NAME).exists():
             raise UserError(f"{work} holds a run that did not finish: go on with --resume, or delete that folder.")
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
