@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import checkpoint, checkpoint_source, checkpoint_writer
 from compress.checkpoint import TensorInfo, check_finite, open_checkpoint
-from compress.checkpoint_writer import CheckpointWriter, check_output, check_space
+from compress.checkpoint_writer import CheckpointWriter, check_kept, check_output, check_space, remove_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "tiny", "hidden_size": 4}
@@ -765,3 +765,19 @@ def test_space_is_checked_where_the_folder_will_be(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     needed = free + 3 * 2**40
     assert_refused(lambda: check_space(tmp_path / "not" / "there", needed), f"{needed / 2**30:.2f} GiB", "free")
+
+
+def test_overwriting_spares_what_a_run_reads(tmp_path):
+    out = tmp_path / "out"
+    for inside in (out, out / "text.txt", out / "deep" / "text.txt"):
+        with pytest.raises(UserError, match="would delete"):
+            check_kept(out, [None, inside])
+    check_kept(out, [None, tmp_path / "text.txt", tmp_path])
+
+
+def test_removed_folder_leaves_nothing(tmp_path):
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "deep" / "file").write_text("x")
+    remove_folder(tmp_path / "run")
+    remove_folder(tmp_path / "run")  # a second time there is none
+    assert list(tmp_path.iterdir()) == []

@@ -945,6 +945,7 @@ BAD = {
     "idle merge": (["{cut}", "--merge", "{cut}", "--lr", "1e-3"], "--lr does nothing with --merge"),
     "idle merge rate": (["{cut}", "--merge-rate", "1"], "--merge-rate does nothing"),
     "merge shapes": (["{cut}", "--merge", "{dense}"], "one shape"),
+    "merge rate": (["{cut}", "--merge", "{cut}", "--merge-rate", "nan"], "--merge-rate nan is no rate"),
 }  # fmt: skip
 
 

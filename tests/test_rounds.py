@@ -237,6 +237,13 @@ def test_prompts_come_from_chats_pairs_and_texts(folders):
     assert len(orders) > 1
 
 
+def test_what_begins_within_a_prompt_is_no_prompt(folders):
+    stream = open_text(folders, "kinds.jsonl", 24)
+    assert len(stream.document(4).ids) < 44 and not stream.begins(4)  # rows of 24 hold the end of a prompt of 40
+    assert list(draw_prompts(stream, [4], ask(length=24, most=4))) == []
+    assert stream.begins(1) and list(draw_prompts(stream, [1], ask(length=24, most=4)))
+
+
 def test_prompts_without_room_are_a_mistake(folders):
     stream = open_text(folders, "kinds.jsonl")
     check_prompts(stream, [4], ask(72))

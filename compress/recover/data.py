@@ -35,8 +35,9 @@ __all__ = [
 GROUP, GROUP_CHARACTERS = 512, 2**22  # documents, and characters, that are tokenised at once
 WINDOW = 8192  # pieces that are packed together, and whose rows are shuffled
 NEAR = 4  # batches' worth of neighbours that are packed and shuffled where an order is to be followed
-# A piece of a document that fits into a row: where its tokens lie, how many, how many count, and whose it is.
-PIECE = np.dtype([("start", "<u8"), ("size", "<u4"), ("counted", "<u4"), ("document", "<u8")])
+# A piece of a document that fits into a row: where its tokens lie, how many, how many count, whose it is, and whether
+# it is the start of it.
+PIECE = np.dtype([("start", "<u8"), ("size", "<u4"), ("counted", "<u4"), ("document", "<u8"), ("begins", "?")])
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class DataStream:
         return sum(len(window) for window in self._plan_windows(0, order))
 
     def document(self, number: int) -> Document:
-        """Return a document's first piece of at most `length` tokens; empty for one that was left out.
+        """Return a document's first piece of at most `length` tokens in which something counts; empty without one.
 
         For scores of documents: what a row can hold is what training sees of it at once.
         """
@@ -187,6 +188,12 @@ class DataStream:
             return Document([], [])
         ids, weights = self._read_piece(int(self._firsts[at]))
         return Document(ids.tolist(), weights.tolist())
+
+    def begins(self, number: int) -> bool:
+        """Return whether what `document` returns is the start of the document."""
+        at = int(np.searchsorted(self._numbers, number))
+        place = int(self._firsts[at])
+        return bool(self._pieces.read(place, place + 1)[0]["begins"])
 
     def used(self) -> list[int]:
         """Return the numbers of the documents that training sees."""
@@ -247,7 +254,7 @@ class DataStream:
         spans = cut_document(size, self.options.length)
         counted = [int(weights[start + 1 : stop].sum()) for start, stop in spans]
         pieces = [
-            (begin + start, stop - start, own, number)
+            (begin + start, stop - start, own, number, start == 0)
             for (start, stop), own in zip(spans, counted, strict=True) if own
         ]  # fmt: skip
         self._ids.append(np.array(document.ids, "<i4"))

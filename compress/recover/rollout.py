@@ -95,7 +95,9 @@ def cut_prompt(document: Document, options: RolloutOptions) -> list[int]:
 def draw_prompts(stream: DataStream, numbers: Sequence[int], options: RolloutOptions) -> Iterator[list[int]]:
     """Yield prompts from the documents `numbers` of a text, in an order that the round's seed decides."""
     for place in shuffle_places(len(numbers), *options.seed):
-        prompt = cut_prompt(stream.document(numbers[int(place)]), options)
+        number = numbers[int(place)]
+        # What begins in the middle of a prompt is none.
+        prompt = cut_prompt(stream.document(number), options) if stream.begins(number) else []
         if prompt:
             yield prompt
 
