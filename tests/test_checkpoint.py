@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from compress import checkpoint, checkpoint_source, checkpoint_writer
 from compress.checkpoint import TensorInfo, check_finite, open_checkpoint
 from compress.checkpoint_writer import CheckpointWriter, check_kept, check_output, check_space, remove_folder
+from compress.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "tiny", "hidden_size": 4}

@@ -660,6 +660,12 @@ def test_run_folder_accepts_only_its_own_run(tmp_path):
     with pytest.raises(UserError, match="no run to resume"):
         open_work(work, settings, True)
     open_work(work, settings, False)
+    (work / "state-00000003").mkdir()
+    (work / "run.json").rename(tmp_path / "run.json")  # what an interrupted removal would leave
+    with pytest.raises(UserError, match="did not finish"):
+        open_work(work, settings, False)
+    (tmp_path / "run.json").rename(work / "run.json")
+    (work / "state-00000003").rmdir()
     assert find_state(work) is None
     (work / ".state-00000003.partial-7").mkdir()
     open_work(work, settings, True)
