@@ -91,16 +91,21 @@ def iterate_objects(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, d
         yield number, row
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
-    """Yield `field` of every row of a Parquet file (needs pyarrow)."""
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file (needs pyarrow); raises UserError without pyarrow, and for a file that is none."""
     try:
         from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 (optional and heavy)
     except ImportError as error:
         raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow.") from error
     try:
-        table = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except ArrowInvalid as error:
         raise UserError(f"{path}: is not a Parquet file; check the file.") from error
+
+
+def read_parquet(path: Path, field: str) -> Iterator[str]:
+    """Yield `field` of every row of a Parquet file; raises UserError as `open_parquet`, and without that column."""
+    table = open_parquet(path)
     if field not in table.schema_arrow.names:
         raise UserError(f"{path}: has no column '{field}' (it has {', '.join(table.schema_arrow.names)}); set --field.")
     for batch in table.iter_batches(columns=[field]):

@@ -14,7 +14,7 @@ import numpy as np
 
 from compress.errors import UserError
 from compress.recover.data_rows import PAIRS
-from compress.text import SEPARATOR
+from compress.text import SEPARATOR, open_parquet
 
 # One document: its file, its bytes, its line (.jsonl) and whether its text starts and ends here.
 ENTRY = np.dtype([("file", "<u4"), ("start", "<u8"), ("size", "<u8"), ("line", "<u8"), ("first", "?"), ("last", "?")])
@@ -138,14 +138,7 @@ def read_table(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises UserError for a file that is none, and for one without a column of text, chats or prompts.
     """
-    try:
-        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 (optional and heavy)
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow.") from error
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: is not a Parquet file; check the file.") from error
+    table = open_parquet(path)
     names, telling = table.schema_arrow.names, ("messages", *(pair[0] for pair in PAIRS), field)
     if not set(telling) & set(names):
         raise UserError(f"{path}: has no column '{field}' (it has {', '.join(names)}); set --field.")
