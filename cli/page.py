@@ -16,6 +16,7 @@ from compress.report_frontier import DENSE, Frontier, Point
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html.j2"
 # What the page runs when it opens: vl-convert puts vega, vega-lite and vega-embed in front of it.
+PAIR = 2  # points of a page on one model: it and dense
 MOUNT = "window.mountCharts(vegaEmbed);"
 JOINED = " The dashed line joins the points that no other beats on both axes; the rest is faint."
 SECTIONS = {
@@ -51,7 +52,7 @@ def render_page(frontier: Frontier) -> str:
         sections=group_figures(figures, bool(frontier.answers)), tasks=list_tasks(frontier),
         samples=pair_samples(frontier),
         charts={figure.name: figure.spec for figure in figures}, library=bundle_library(),
-        manifest=json.dumps(make_plain(frontier.manifest), indent=1), one=len(frontier.points) <= len("ab"),
+        manifest=json.dumps(make_plain(frontier.manifest), indent=1), one=len(frontier.points) <= PAIR,
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def pair_samples(frontier: Frontier) -> list[tuple[str, list[tuple[str, Any]]]]:
 def summarise(frontier: Frontier) -> str:
     """Return what the page says in one or two sentences."""
     dense = frontier.points[0]
-    if len(frontier.points) == len("ab"):
+    if len(frontier.points) == PAIR:
         return describe_trade(frontier.points[1], dense, list(dense.speeds))
     chosen: dict[str | None, list[str]] = {}
     for profile, answers in frontier.answers.items():
@@ -140,9 +141,9 @@ def format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"  # noqa: PLR2004
 
 
-def format_share(value: float | None, signed: bool = False) -> str:
+def format_share(value: float | None) -> str:
     """Return a share in percent, or a dash."""
-    return "–" if value is None else f"{100 * value:+.1f} %" if signed else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def format_mib(value: float) -> str:
