@@ -5,39 +5,32 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 from cli.console import Console
 from cli.figures import write_figures
 from cli.frontier_job import APART, Variant, list_profiles, prepare_frontier, read_texts
+from cli.frontier_place import Place, open_place
 from cli.frontier_plans import Calibration, gather_plans, load_damage
-from cli.frontier_points import Bench, make_point
+from cli.frontier_points import Bench, Scorer, make_point
 from cli.frontier_request import LOSS, SAMPLES, SPEEDUP, CompareRequest
-from cli.frontier_search import (
-    Found,
-    Place,
-    check_study,
-    gather_found,
-    hide_password,
-    open_place,
-    search_points,
-)
+from cli.frontier_search import Found, gather_found, search_points
 from cli.frontier_shared import share_work
 from cli.frontier_speed import add_speeds
 from cli.frontier_store import POINT, POINTS, RESULTS, WORK, write_json, write_whole
+from cli.frontier_study import check_study, hide_password
 from cli.frontier_table import render_frontier, write_csv
 from cli.manifest import list_versions
-from cli.measure import Model, limit_threads
+from cli.measure import limit_threads
 from cli.page import write_frontier_page
 from cli.version import read_version
 from compress.frontier import answer_device
 from compress.recipe import Recipe, flag
-from compress.report_frontier import Frontier, Interval, Point
+from compress.report_frontier import Frontier, Point
 
 JSON, CSV, PAGE = RESULTS
-Scorer = Callable[[Model], Mapping[str, Interval]]
 
 
 def run_compare(request: CompareRequest, console: Console, scorer: Scorer | None = None) -> Frontier:

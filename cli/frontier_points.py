@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from compress.report_frontier import Interval, Point
 from compress.surgery.describe import new_config
 from compress.text import Windows
 
-Scorer = Any  # (Model) -> Mapping[str, Interval]
+Scorer = Callable[[Model], Mapping[str, Interval]]
 DENSE_VIEW = "dense.safetensors"
 
 

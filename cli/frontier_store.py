@@ -6,7 +6,7 @@
     OUT/points/NAME/        one folder for each point: a checkpoint, or a graph alone; point.json is written last
     OUT/speeds.json         what was measured here, of graphs that are still the same
     OUT/work/               what the next run of an unfinished comparison saves by; gone when it is complete
-    OUT/search.log, .search.lock   trials of --search, and who is at work here (cli/frontier_search.py)
+    OUT/search.log, .search.lock   trials of --search, and who is at work here (cli/frontier_place.py)
     OUT/frontier.json, frontier.csv, report.html
 
 Everything is put in place by a rename, so that a killed run leaves whole files only.

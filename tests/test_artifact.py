@@ -1,14 +1,13 @@
 """What `compress` and `export` leave for the runtime of a device: graphs in its format, folders for Ascend."""
 
 import json
-import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
-from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
+from words import write_tokenizer, write_words
 
 from backends.ascend_check import check_folder
 from backends.ascend_rules import find_profile_soc
@@ -26,11 +25,7 @@ FAST = ("--keep", 0.8, "--windows", 6, "--length", 24, "--threads", 1, "--trials
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    words = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(30)]
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 30)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,7 @@ def narrow(tmp_path_factory):
 
 def make_model(folder, case):
     make_checkpoint(folder, case, hidden_size=64, intermediate_size=96)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import resource
 import signal
@@ -17,8 +16,8 @@ import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
-from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
+from words import write_tokenizer, write_words
 
 from cli.app import VERBS, app
 from cli.console import Console, PlainMeter, align_table
@@ -47,21 +46,9 @@ FAST = (*PLAIN, "--refine", "0")
 LEAN = ("--no-export", "--no-verify", "--no-bench")
 
 
-def write_tokenizer(folder):
-    """A word is a token: w3 .. w95 of the tiny models' vocabulary."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    words = random.Random(0)
-    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ import torch
 import typer
 from made_findings import make_findings, make_spec
 from refusals import refused
-from test_cli import ENVIRONMENT, ROOT, copy_model, write_tokenizer
+from test_cli import ENVIRONMENT, ROOT, copy_model
 from tiny import make_checkpoint
 from typer.testing import CliRunner
+from words import write_tokenizer, write_words
 
 import cli.frontier_plans
 from cli.app import Verb, Verbs
@@ -174,11 +175,7 @@ def test_levels_are_spread_evenly():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    words = random.Random(0)
-    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")

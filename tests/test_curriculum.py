@@ -16,10 +16,8 @@ import torch
 import typer
 from refusals import refused
 from tiny import make_checkpoint
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
+from words import WORDS, make_tokenizer
 
 from cli.app import Verb, Verbs
 from cli.curriculum import ORDER_NAME
@@ -40,15 +38,6 @@ from compress.recover.functional import embed_tokens, load_model, run_layers
 from compress.recover.model import Frozen
 from compress.recover.select import measure_losses
 from compress.weights import read_spec
-
-WORDS = [f"w{number}" for number in range(60)]
-
-
-def make_tokenizer() -> Tokenizer:
-    words = {word: place + 10 for place, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "?": 3, **words}, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return tokenizer
 
 
 def make_rows(count: int, kinds: tuple[str | None, ...] = (), seed: int = 0) -> list[dict[str, str]]:

@@ -13,10 +13,8 @@ import torch
 import typer
 from refusals import refused
 from tiny import make_checkpoint
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
+from words import WORDS, make_tokenizer
 
 from cli.distill import distill_data, write_rows
 from compress.checkpoint import open_checkpoint
@@ -63,15 +61,6 @@ from compress.recover.trajectory_project import (
 )
 from compress.recover.trajectory_rows import differentiate_document, draw_sketch, list_segments, match_rows, take_rows
 from compress.weights import read_spec
-
-WORDS = [f"w{number}" for number in range(60)]
-
-
-def make_tokenizer() -> Tokenizer:
-    words = {word: place + 10 for place, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "?": 3, **words}, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return tokenizer
 
 
 def make_texts(path: Path, count: int = 12, seed: int = 0) -> Path:

@@ -17,9 +17,9 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint, make_config
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
+from words import write_tokenizer
 
 from backends import onnx_fused
 from backends.eager import EagerModel, load_eager
@@ -399,10 +399,7 @@ def test_compensated_weights_are_nearer_than_the_nearest_ones(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_checkpoint(tmp_path_factory.mktemp("model") / "dense", "llama", hidden_size=64, intermediate_size=96)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     return folder
 
 

@@ -5,18 +5,21 @@ import importlib.util
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 
 import pytest
 from refusals import refused
-from test_cli import ENVIRONMENT, ROOT, write_tokenizer
+from test_cli import ENVIRONMENT, ROOT
 from test_compare import PROFILES, ask, leave_out_times, run_verb
 from tiny import make_checkpoint
+from words import write_tokenizer, write_words
 
+import cli.frontier_place as place
 import cli.frontier_search as search
+import cli.frontier_study as studying
+import cli.frontier_turns as turns
 from cli.console import Console, RunFailure
 from cli.frontier import describe_run, run_compare
 from cli.frontier_job import prepare_frontier
@@ -35,11 +38,7 @@ with_optuna = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    words = random.Random(0)
-    documents = [" ".join(f"w{words.randint(3, 95)}" for _ in range(60)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def list_states(folder):
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.load_study(study_name=search.STUDY, storage=search.open_storage(str(folder / search.LOG)))
+    study = optuna.load_study(study_name=studying.STUDY, storage=studying.open_storage(str(folder / place.LOG)))
     return study, [trial.state.name for trial in study.get_trials(deepcopy=False)]
 
 
@@ -188,7 +187,7 @@ def test_processes_divide_the_trials(model, text, tmp_path, monkeypatch):
     said = workers[0].communicate(timeout=500)
     assert workers[0].returncode == 0, said
     study, _ = list_states(folder)
-    trials = search.list_active(study)
+    trials = turns.list_active(study)
     assert sorted(one.user_attrs["place"] for one in trials) == list(range(TRIALS))
     assert len({one.user_attrs["owner"]["pid"] for one in trials}) == 2
     made = {one.user_attrs["point"] for one in trials if "point" in one.user_attrs}
@@ -207,32 +206,35 @@ def test_trials_are_claimed_once_and_dead_ones_again(tmp_path):
     path = str(tmp_path / "study.log")
     studies = [
         optuna.create_study(
-            storage=search.open_storage(path), study_name="x", directions=["minimize", "maximize"], load_if_exists=True
+            storage=studying.open_storage(path),
+            study_name="x",
+            directions=["minimize", "maximize"],
+            load_if_exists=True,
         )
         for _ in range(2)
     ]
-    first, second = (search.claim_trial(study, 2) for study in studies)
+    first, second = (turns.claim_trial(study, 2) for study in studies)
     assert [one.user_attrs["place"] for one in (first, second)] == [0, 1]
-    assert search.claim_trial(studies[0], 2) is None
+    assert turns.claim_trial(studies[0], 2) is None
     first.suggest_float("keep", 0, 1)
-    assert search.claim_trial(studies[1], 2) is None  # this process lives
+    assert turns.claim_trial(studies[1], 2) is None  # this process lives
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    begun = search.read_start(child.pid)
-    assert begun and begun == search.read_start(child.pid)
-    first.set_user_attr("owner", {"host": search.platform.node(), "pid": child.pid, "started": begun})
-    assert search.claim_trial(studies[1], 2) is None
+    begun = turns.read_start(child.pid)
+    assert begun and begun == turns.read_start(child.pid)
+    first.set_user_attr("owner", {"host": turns.platform.node(), "pid": child.pid, "started": begun})
+    assert turns.claim_trial(studies[1], 2) is None
     child.communicate(b"\n")
-    assert search.read_start(child.pid) == ""
-    again = search.claim_trial(studies[1], 2)
+    assert turns.read_start(child.pid) == ""
+    again = turns.claim_trial(studies[1], 2)
     assert again.user_attrs["place"] == 0 and again.user_attrs["tries"] == 2
     assert again.suggest_float("keep", 0, 1) == first.params["keep"]
-    assert not search.tell_failure(studies[0], first.number)
+    assert not turns.tell_failure(studies[0], first.number)
     # Another machine is known by its signs of life alone.
     second.set_user_attr("owner", {"host": "elsewhere", "pid": os.getpid(), "started": ""})
-    for silence, state in ((1, False), (2 * search.DEAD_SECONDS, True)):
+    for silence, state in ((1, False), (2 * turns.DEAD_SECONDS, True)):
         second.set_user_attr("beat", time.time() - silence)
         trial = next(one for one in studies[0].get_trials() if one.number == second.number)
-        assert search.is_dead(trial) is state
+        assert turns.is_dead(trial) is state
 
 
 @with_optuna
@@ -279,7 +281,7 @@ def test_database_holds_a_study_and_no_password_is_shown(model, text, tmp_path):
     request = seek(model, text, tmp_path / "out", search=1, storage=url)
     frontier = run_compare(request, QUIET)
     assert len(frontier.manifest["search"]) == 1
-    assert not (tmp_path / "out" / search.LOG).exists()
+    assert not (tmp_path / "out" / place.LOG).exists()
     elsewhere = run_compare(seek(model, text, tmp_path / "new", search=1, storage=url), QUIET)
     made = {row["point"] for row in frontier.manifest["search"]} - {None, "keep-0.90", "keep-0.60"}
     assert ("1 with points in other folders" in elsewhere.speed_notes[-1]) == bool(made)
@@ -292,7 +294,7 @@ def test_database_holds_a_study_and_no_password_is_shown(model, text, tmp_path):
 def test_axes_are_those_that_the_recipe_and_the_model_allow(model, text, tmp_path):
     def axes_of(**recipe):
         made = prepare_frontier(seek(model, text, tmp_path / "out", recipe=recipe), QUIET)
-        return search.open_space(made).axes
+        return studying.open_space(made).axes
 
     assert axes_of(axes=("ffn", "kv", "layers")) == ("ffn", "ffn+kv", "ffn+layers", "ffn+kv+layers")
     assert axes_of(axes=("kv",)) == ("kv",)
@@ -315,7 +317,7 @@ def test_names_say_which_axes_are_cut():
 @with_optuna
 def test_another_study_is_refused(searched, model, text, tmp_path):
     folder, _ = searched
-    log = folder / search.LOG
+    log = folder / place.LOG
     before = log.read_bytes()
     others = [
         ("another recipe: give another --storage", {"recipe": {"axes": ("ffn", "layers"), "seed": 1}}),
@@ -356,7 +358,7 @@ def test_overwriting_waits_for_nobody_at_work(model, text, tmp_path):
         "import fcntl, sys; lock = open(sys.argv[1], 'a+b'); fcntl.lockf(lock, fcntl.LOCK_SH, 1, 0)\n"
         "print('held', flush=True); input()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "out" / search.LOCK)]
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / place.LOCK)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     refused(lambda: run_compare(anew, QUIET), "Another process is at work")
@@ -427,7 +429,7 @@ def test_trial_that_another_machine_took_over_is_left_to_it(model, text, tmp_pat
 
     def pause(bench, variant):
         study, _ = list_states(tmp_path / "out")
-        search.give_back(study, study.get_trials(deepcopy=False)[-1])
+        turns.give_back(study, study.get_trials(deepcopy=False)[-1])
         monkeypatch.setattr(search, "make_point", make_point)
         return make_point(bench, variant)
 
