@@ -51,7 +51,8 @@ Speedup = Annotated[
     str | None,
     typer.Option(
         "--speedup", metavar="TIMES,...", rich_help_panel=options.BUDGET,
-        help="Times as fast as dense, as the first profile predicts it, such as 1.2,1.5,2.",
+        help="Times as fast as the dense model in the same format (the first of --formats, or fp32 if that is among "
+        "them), as the first profile predicts it, such as 1.2,1.5,2; a point's other formats have the same shapes.",
     ),
 ]
 Trials = Annotated[
@@ -132,7 +133,8 @@ Overwrite = Annotated[
 Verify = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Re-open each point in a fresh process to prove it.", rich_help_panel=options.OUTPUT
+        "--verify", rich_help_panel=options.OUTPUT,
+        help="Re-open each point in a fresh process to prove it, one that an earlier run made too.",
     ),
 ]
 Jobs = Annotated[

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from cli.console import Console
 from cli.figures import write_figures
-from cli.frontier_job import APART, Variant, list_profiles, prepare_frontier, read_texts
+from cli.frontier_job import APART, EXACT, FrontierJob, Variant, check_jobs, list_profiles, prepare_frontier, read_texts
 from cli.frontier_place import Place, open_place
-from cli.frontier_plans import Calibration, gather_plans, load_damage
+from cli.frontier_plans import Calibration, check_levels, gather_plans, load_damage
 from cli.frontier_points import Bench, Scorer, make_point
 from cli.frontier_request import LOSS, SAMPLES, SPEEDUP, CompareRequest
 from cli.frontier_search import Found, gather_found, search_points
@@ -24,11 +24,12 @@ from cli.frontier_study import check_study, hide_password
 from cli.frontier_table import render_frontier, write_csv
 from cli.manifest import list_versions
 from cli.measure import limit_threads
-from cli.page import write_frontier_page
+from cli.page import join_words, write_frontier_page
 from cli.version import read_version
 from compress.frontier import answer_device
 from compress.recipe import Recipe, flag
 from compress.report_frontier import Frontier, Point
+from compress.text import Windows
 
 JSON, CSV, PAGE = RESULTS
 
@@ -45,26 +46,32 @@ def run_compare(request: CompareRequest, console: Console, scorer: Scorer | None
     started = time.perf_counter()
     made = prepare_frontier(request, console)
     texts = read_texts(made, console)
+    check_jobs(made, texts)
     check_study(made)
-    with open_place(made) as place:
-        try:
-            frontier = compare_points(Bench(made, texts, {}, console, scorer), place, started)
-        except KeyboardInterrupt as stop:
-            done = sum((made.folder / POINTS / one.name / POINT).is_file() for one in made.list_variants())
-            done += len(list((made.folder / POINTS).glob(f"search-*/{POINT}")))
-            total = len(list(made.list_variants())) + request.search
-            raise KeyboardInterrupt(
-                f"stopped; {done} of {total} points are complete in {made.folder}, and the same command goes on from "
-                "there"
-            ) from stop
+    calibration = Calibration(made, texts, console)
+    bench = Bench(made, texts, {}, console, scorer)
+    try:
+        with open_place(made, lambda: check_levels(calibration), console) as place:
+            frontier = compare_points(bench, calibration, place, started)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(describe_stop(made)) from stop
     console.show(render_frontier(frontier))
     return frontier
 
 
-def compare_points(bench: Bench, place: Place, started: float) -> Frontier:
+def describe_stop(made: FrontierJob) -> str:
+    """Return how far a run came that was interrupted."""
+    request, points = made.request, made.folder / POINTS
+    done = sum((points / one.name / POINT).is_file() for one in made.list_variants())
+    done += len(list(points.glob(f"search-*/{POINT}")))
+    total = len(list(made.list_variants())) + request.search
+    again = "the same command without --overwrite" if request.overwrite else "the same command"
+    return f"stopped; {done} of {total} points are complete in {made.folder}, and {again} goes on from there"
+
+
+def compare_points(bench: Bench, calibration: Calibration, place: Place, started: float) -> Frontier:
     """Make all points, find their speeds, and write the results."""
     made, texts, console = bench.made, bench.texts, bench.console
-    calibration = Calibration(made, texts, console)
     with place.hold(console):
         bench.plans |= gather_plans(made, texts, console, calibration)
         bench.made = replace(made, levels=tuple(level for level in made.levels if level.name in bench.plans))
@@ -73,7 +80,7 @@ def compare_points(bench: Bench, place: Place, started: float) -> Frontier:
     with place.hold(console):
         found = gather_found(search) if search else Found()
         rated, notes = add_speeds(bench, [*points, *found.points], console)
-        notes += (found.note,) if found.note else ()
+        notes += (*explain_levels(made), *((found.note,) if found.note else ()))
         frontier = join_results(bench, rated, notes, time.perf_counter() - started)
         if found.rows:
             frontier = replace(frontier, manifest={**frontier.manifest, "search": found.rows})
@@ -110,9 +117,32 @@ def join_results(bench: Bench, points: tuple[Point, ...], notes: tuple[str, ...]
     }  # fmt: skip
     return Frontier(
         str(request.source), name_title(request.source), points, answers,
-        f"Quality: on {evaluation.tokens} tokens; text: {evaluation.source}.", notes, load_damage(made),
+        describe_quality(points, evaluation), notes, load_damage(made),
         (describe_run(request),), manifest, seconds,
     )  # fmt: skip
+
+
+def describe_quality(points: tuple[Point, ...], evaluation: Windows) -> str:
+    """Return what quality was measured on, and with what where that is not the checkpoint."""
+    words = f"Quality: on {evaluation.tokens} tokens; text: {evaluation.source}."
+    formats = list(dict.fromkeys(point.format for point in points if point.format != EXACT))
+    if not formats:
+        return words
+    graphs = "is that of our ONNX graph, also beside speeds of other runtimes"
+    return f"{words} Quality in {join_words(formats)} {graphs}."
+
+
+def explain_levels(made: FrontierJob) -> Iterator[str]:
+    """Yield what the speed-ups of the points' names are measured by, where points have several formats."""
+    request, target = made.request, made.targets[0]
+    if not request.levels.speedup or request.formats == (EXACT,) or target.device is None:
+        return
+    form = made.job.recipe.format or target.device.workload.weights
+    yield (
+        f"speedup-N: cut until {target.name} predicts N times the speed of the dense model, both in {form}; in other "
+        "formats these are the same shapes. Times dense in the tables are over the dense model in "
+        "each device's plain format."
+    )
 
 
 def name_title(source: str) -> str:

@@ -21,7 +21,7 @@ from cli.budget import (
     settle_workload,
 )
 from cli.console import Console, format_bytes
-from cli.estimate import estimate_disk, estimate_memory, free_memory
+from cli.estimate import FLOAT, estimate_disk, estimate_memory, free_memory
 from cli.frontier_request import CompareRequest
 from cli.frontier_store import check_store
 from cli.prepare import Job, Texts, check_goal, check_runtime, check_writable, gather_texts, prepare_job
@@ -139,7 +139,6 @@ def prepare_frontier(request: CompareRequest, console: Console) -> FrontierJob:
     levels = tuple(open_level(name, recipe, job, console) for name, recipe in recipes)
     made = FrontierJob(request, job, targets, levels, read_questions(request, console), {})
     check_room(made)
-    check_jobs(made)
     return replace(made, settings=describe_settings(made))
 
 
@@ -308,8 +307,19 @@ def check_place(request: CompareRequest, job: Job) -> None:
     if request.overwrite:
         texts = (request.text, request.eval_text, tasks.folder, *tasks.pairs, *tasks.choices)
         check_kept(request.output, (job.checkpoint.folder, *texts))
-    if request.figures is not None and request.figures.exists() and not request.figures.is_dir():
-        raise UserError(f"--figures {request.figures}: is a file; choose a folder.")
+    if request.figures is not None:
+        check_figures(request.figures)
+
+
+def check_figures(folder: Path) -> None:
+    """Raise UserError where no files can be written into a folder of figures."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--figures {folder}: is a file; choose a folder.")
+    try:
+        check_writable(folder / "new")
+    except UserError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else ""
+        raise UserError(f"--figures {folder}: cannot be made ({reason}); choose another folder.") from error
 
 
 def check_room(made: FrontierJob) -> None:
@@ -333,11 +343,16 @@ def check_room(made: FrontierJob) -> None:
     check_space(request.output, needed)
 
 
-def check_jobs(made: FrontierJob) -> None:
-    """Raise UserError where so many processes need more memory than is free."""
+def check_jobs(made: FrontierJob, texts: Texts) -> None:
+    """Raise UserError where so many processes need more memory than is free.
+
+    Each, and this one, holds the dense model's last stream on the evaluation text beside what it works on.
+    """
     jobs, job = made.request.jobs, made.job
-    needed = jobs * estimate_memory(job.spec.shape, job.recipe, storage_dtype(job.checkpoint, job.spec).itemsize)
-    free = free_memory()
+    assert texts.evaluation is not None
+    stream = FLOAT * texts.evaluation.ids.numel() * job.spec.shape.hidden
+    working = estimate_memory(job.spec.shape, job.recipe, storage_dtype(job.checkpoint, job.spec).itemsize)
+    needed, free = jobs * working + (jobs + 1) * stream, free_memory()
     if jobs > 1 and free is not None and needed > free:
         raise UserError(
             f"--jobs {jobs} needs about {format_bytes(needed)} of memory and {format_bytes(free)} are free: give fewer."

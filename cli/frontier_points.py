@@ -14,9 +14,9 @@ import torch
 import cli.measure as speeds
 from backends.export_onnx import GRAPH_NAME, export_onnx
 from backends.ort import open_onnx
-from backends.verify import verify_folder
 from cli.console import Console, RunFailure
 from cli.frontier_job import EXACT, FrontierJob, Level, Variant
+from cli.frontier_proof import prove_cut, prove_found
 from cli.frontier_quality import (
     DenseView,
     answer_tasks,
@@ -25,6 +25,7 @@ from cli.frontier_quality import (
     compare_itself,
     sample_checkpoint,
     sample_graph,
+    sample_itself,
     view_dense,
 )
 from cli.frontier_store import PLANS, POINTS, WORK, load_point, save_point
@@ -43,10 +44,9 @@ from compress.checkpoint import open_checkpoint
 from compress.checkpoint_source import read_json
 from compress.checkpoint_writer import MANIFEST_NAME
 from compress.frontier import score_windows
-from compress.pipeline import Result, Task, compress_checkpoint, describe_run
+from compress.pipeline import Task, compress_checkpoint, describe_run
 from compress.plan import Plan, keep_everything
 from compress.recover.state import RUN_NAME
-from compress.report import DIFFERENT
 from compress.report_frontier import Interval, Point
 from compress.surgery.describe import new_config
 from compress.text import Windows
@@ -108,12 +108,14 @@ class Bench:
 
 def make_point(bench: Bench, variant: Variant) -> Point:
     """Return a point: the one that is there, or one that is made, measured and saved now."""
-    found = load_point(bench.place(variant))
+    found, clock = load_point(bench.place(variant)), Clock()
+    if found is None:
+        make_folder(bench, variant)
+    if bench.made.request.verify and variant.level is not None:
+        prove_found(bench.place(variant.exact), bench.texts.calibration)
     if found is not None:
         make_graph(bench, variant)  # a device that is measured may have been named since
         return found
-    clock = Clock()
-    make_folder(bench, variant)
     with clock.time("export"):
         make_graph(bench, variant)
     point = measure_point(bench, variant, clock)
@@ -150,21 +152,11 @@ def write_cut(bench: Bench, level: Level, folder: Path) -> None:
     with open_folder(replace(job, recipe=level.recipe), config, folder) as writer:
         result = compress_checkpoint(task, plan, writer, console.progress)
         facts = describe_point(bench, level, plan)
-        proofs = prove_cut(bench, level.name, writer.seal(), result)
+        written = writer.seal()
+        proofs = prove_cut(written, level.name, result) if bench.made.request.verify else ()
         seconds = time.perf_counter() - started
         writer.add_text(MANIFEST_NAME, encode_manifest({**facts, "proofs": proofs, "seconds": seconds}))
         writer.finish()
-
-
-def prove_cut(bench: Bench, name: str, folder: Path, result: Result) -> tuple[Any, ...]:
-    """Open a folder in a fresh process, if asked to; RunFailure where its model is not the one in memory."""
-    if not bench.made.request.verify:
-        return ()
-    proofs = verify_folder(folder, result.sample_ids, result.sample_logits, onnx=False)
-    for proof in proofs:
-        if proof.status == DIFFERENT:
-            raise RunFailure(f"{name} failed its verification with {proof.runtime}: {proof.reason}.")
-    return tuple(proofs)
 
 
 def describe_point(bench: Bench, level: Level, plan: Plan) -> dict[str, Any]:
@@ -231,9 +223,10 @@ def measure_point(bench: Bench, variant: Variant, clock: Clock) -> Point:
             accuracy |= dict(bench.scorer(model))
     with clock.time("generate"):
         tokenizer = bench.made.job.tokenizer
-        samples = (
-            sample_checkpoint(dense, model[0], tokenizer) if graph is None else sample_graph(dense, graph, tokenizer)
-        )
+        if graph is not None:
+            samples = sample_graph(dense, graph, tokenizer)
+        else:
+            samples = sample_itself(dense, tokenizer) if exact else sample_checkpoint(dense, model[0], tokenizer)
     point = describe_model(bench, variant, model, scores.perplexity)
     if not exact:
         point = replace(point, divergence=scores.divergence, agreement=scores.agreement, ratio=scores.ratio)

@@ -182,6 +182,11 @@ def sample_checkpoint(dense: DenseView, checkpoint: Checkpoint, tokenizer: Any) 
     )
 
 
+def sample_itself(dense: DenseView, tokenizer: Any) -> tuple[Sample, ...]:
+    """Return what the dense model made of the prompts: it is not asked again."""
+    return make_samples(dense, dense.continued, tokenizer)
+
+
 def sample_graph(dense: DenseView, graph: Runtime, tokenizer: Any) -> tuple[Sample, ...]:
     """Return what an exported graph makes of the prompts."""
     return make_samples(dense, continue_prompts(graph, dense.prompts, count_new(dense.windows)), tokenizer)

@@ -20,7 +20,7 @@ from typing import Any
 from cli.console import RunFailure
 from cli.frontier_job import FrontierJob, Level, Variant, name_keep, open_format, open_level
 from cli.frontier_place import Place
-from cli.frontier_plans import Calibration, plan_level
+from cli.frontier_plans import Calibration, plan_checked
 from cli.frontier_points import Bench, make_point
 from cli.frontier_store import PLANS, load_plan, load_point
 from cli.frontier_study import Space, make_sampler, open_space, open_study
@@ -30,7 +30,6 @@ from compress.pipeline import write_plan
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report_frontier import Point
-from compress.surgery.describe import new_config
 
 DIGITS = 2  # of a proposed --keep: finer steps make plans that hardly differ
 FEW = 2  # choices that a sentence names
@@ -104,10 +103,9 @@ def try_trial(search: Search, trial: Any) -> tuple[float, float] | None:
 
 def make_trial(search: Search, trial: Any) -> tuple[float, float]:
     """Make a trial's point, or find another of the same plan; return perplexity over dense's, and tokens/s."""
-    bench, job = search.bench, search.made.job
+    bench = search.bench
     level, form = propose_level(search, trial)
-    plan = plan_level(search.calibration.survey(), level, bench.console)
-    new_config(job.spec, plan, level.recipe)  # refuses what no stock class holds
+    plan = plan_checked(search.calibration.survey(), level, bench.console)
     key = [hash_plan(plan), form]
     for other in search.study.get_trials(deepcopy=False):
         if other.values is not None and other.user_attrs.get("plan") == key:

@@ -14,6 +14,7 @@ from cli.frontier_plans import gather_plans
 from cli.frontier_points import Bench, make_point
 from cli.frontier_request import CompareRequest
 from cli.frontier_store import POINT, POINTS
+from cli.frontier_turns import follow_parent
 from cli.measure import limit_threads
 from compress.errors import UserError
 
@@ -80,6 +81,7 @@ def settle_request(bench: Bench, count: int) -> CompareRequest:
 
 def make_share(request: CompareRequest, names: Sequence[str], sender: Any) -> None:
     """Make the points of some levels, as a process of its own; sends the kind and the sentence of a failure."""
+    follow_parent()
     try:
         limit_threads(request.speed.threads)
         console = Console(quiet=True)

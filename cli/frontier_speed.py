@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from backends.export_onnx import DATA_NAME, GRAPH_NAME
+from backends.machine import count_cores
 from backends.ort import open_onnx
 from backends.runtime import Speed, measure_all
 from cli.budget import Device, describe_workload
@@ -127,10 +131,10 @@ def read_rate(speed: Speed, work: Workload, size: BenchSize) -> tuple[float, flo
 
 
 def measure_points(bench: Bench, target: Target, variants: Sequence[Variant], console: Console) -> Measured:
-    """Measure all points in alternating rounds, the dense model among them; what an earlier run measured is reused."""
+    """Measure all points in alternating rounds, dense among them; what an earlier run measured here is reused."""
     size = fit_workload(bench, target)
     graphs = [list_graph(bench.graph(one)) for one in variants]
-    key = {"graphs": graphs, "size": asdict(size), "phase": target.workload.phase}
+    key = {"graphs": graphs, "size": asdict(size), "phase": target.workload.phase, "machine": describe_machine()}
     path = bench.made.folder / SPEEDS
     found = read_json(path) if path.is_file() else {}
     if found.get("key") == key:
@@ -146,6 +150,20 @@ def measure_points(bench: Bench, target: Target, variants: Sequence[Variant], co
     stored = {name: {**asdict(own), "ratio": ratio} for name, (own, ratio) in rates.items()}
     write_json(path, {"key": key, "rates": stored})
     return Measured(rates, size)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what tells this machine from others that models run at another speed on."""
+    return {"cpu": read_cpu(), "cores": count_cores(), "onnxruntime": onnxruntime.__version__}
+
+
+def read_cpu(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the names of this machine's kinds of processor; of its architecture where the system tells no more."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = (line.partition(":") for line in lines)
+    # Arm has numbers instead of a name.
+    kinds = dict.fromkeys(value.strip() for name, _, value in rows if name.strip() in ("model name", "CPU part"))
+    return ", ".join(kinds) or platform.processor() or platform.machine()
 
 
 def fit_workload(bench: Bench, target: Target) -> BenchSize:

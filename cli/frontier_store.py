@@ -4,12 +4,13 @@
     OUT/calibration.json    what pass 1 found, for the report
     OUT/plans/NAME.json     one plan for each level, which `lightpress compress --plan` takes too
     OUT/points/NAME/        one folder for each point: a checkpoint, or a graph alone; point.json is written last
-    OUT/speeds.json         what was measured here, of graphs that are still the same
+    OUT/speeds.json         what was measured on a machine, of graphs that are still the same
     OUT/work/               what the next run of an unfinished comparison saves by; gone when it is complete
-    OUT/search.log, .search.lock   trials of --search, and who is at work here (cli/frontier_place.py)
+    OUT/search.log, .compare.lock   trials of --search, and who is at work here (cli/frontier_place.py)
     OUT/frontier.json, frontier.csv, report.html
 
-Everything is put in place by a rename, so that a killed run leaves whole files only.
+Everything is put in place by a rename, so that a killed run leaves whole files only. What later files stand on comes
+before them: the settings, then calibration.json, then the plans.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ from compress.shapes import ModelShape
 SETTINGS, CALIBRATION, PLANS, POINTS, WORK = "compare.json", "calibration.json", "plans", "points", "work"
 POINT = "point.json"
 SPEEDS = "speeds.json"
+LOCK = ".compare.lock"
 RESULTS = ("frontier.json", "frontier.csv", "report.html")
 OWN = (SETTINGS, CALIBRATION, PLANS, POINTS, WORK, SPEEDS, *RESULTS)
 LEFT = ".*.partial-*"  # what a killed run leaves of a folder that it was writing
+BEGUN = f".{SETTINGS}.partial-"  # the same of its first file
 
 
 def check_store(folder: Path, overwrite: bool) -> None:
     """Raise UserError unless the folder is free or holds an earlier comparison."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output {folder} is a file; choose a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()) or (folder / SETTINGS).is_file():
+    if not folder.is_dir() or (folder / SETTINGS).is_file():
+        return
+    if all(path.name == LOCK or path.name.startswith(BEGUN) for path in folder.iterdir()):
         return
     hint = "is not overwritten" if overwrite else "is not empty"
     raise UserError(f"The output {folder} {hint}: it holds no earlier comparison; choose another folder.")
@@ -55,18 +60,27 @@ def open_store(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> No
     path = folder / SETTINGS
     if overwrite and path.is_file():
         clear_store(folder)
-    if path.is_file():
-        refuse_others(folder, read_json(path), settings)
-        for left in (folder / POINTS).glob(LEFT):
-            shutil.rmtree(left, ignore_errors=True)
-        return
     try:
+        if path.is_file():
+            refuse_others(folder, read_json(path), settings)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, dict(settings))
         for name in (PLANS, POINTS, WORK):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(settings))
+            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"The output {folder} cannot be written ({reason}); choose another folder.") from error
+        raise explain_unwritable(folder, error) from error
+    for left in (*folder.glob(f"{BEGUN}*"), *(folder / POINTS).glob(LEFT)):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def explain_unwritable(folder: Path, error: OSError) -> UserError:
+    """Return the refusal of a folder that cannot be written."""
+    reason = error.strerror or type(error).__name__
+    return UserError(f"The output {folder} cannot be written ({reason}); choose another folder.")
 
 
 def clear_store(folder: Path) -> None:

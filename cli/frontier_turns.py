@@ -1,7 +1,11 @@
-"""Whose turn it is among the processes of a search: a trial has one owner, and is given back when that ends."""
+"""Whose turn it is among the processes of a search: a trial has one owner, and is given back when that ends.
+
+Beside it, how a process of `--jobs` ends with the one that began it.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import threading
@@ -119,3 +123,18 @@ def keep_alive(trial: Any) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def follow_parent() -> None:
+    """End this process, begun by multiprocessing, as soon as its parent has ended, killed or not.
+
+    Otherwise it would go on writing in a folder that nobody holds any more.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from typer.testing import CliRunner
 from words import write_tokenizer, write_words
 
 import cli.frontier_plans
+import cli.frontier_proof
 from cli.app import Verb, Verbs
 from cli.compare import compare, read_levels
 from cli.console import Console, RunFailure
-from cli.frontier import run_compare
-from cli.frontier_job import Variant
+from cli.frontier import explain_levels, run_compare
+from cli.frontier_job import Variant, prepare_frontier
 from cli.frontier_quality import bound_shares
 from cli.frontier_request import CompareRequest, Levels, TaskFlags
 from cli.frontier_shared import raise_failure, slice_levels
@@ -229,6 +231,7 @@ def test_comparison_holds_all_points_on_all_devices(finished, model, text):
     for name in ("report.html", "frontier.json", "frontier.csv", "compare.json", "plans/keep-0.70.json"):
         assert (folder / name).stat().st_size > 0
     assert not (folder / "work").exists()
+    assert "ONNX graph" not in (folder / "report.html").read_text()  # there is none
 
 
 def test_quality_is_that_of_evaluate(finished, model, text):
@@ -295,8 +298,9 @@ def test_one_calibration_and_one_dense_evaluation_serve_all_points(finished, mod
 
     With the same seed it ends with the table of a run that nobody stopped.
     """
-    calls = {"find_units": 0, "dense": 0, "rebuilt": []}
+    calls = {"find_units": 0, "dense": 0, "continued": 0, "rebuilt": []}
     find_units, fill = cli.frontier_plans.find_units, cli.frontier_quality.fill_hidden
+    load = cli.frontier_quality.load_eager
     compress_one = cli.frontier_points.compress_checkpoint
 
     def count_units(*given):
@@ -307,6 +311,10 @@ def test_one_calibration_and_one_dense_evaluation_serve_all_points(finished, mod
         calls["dense"] += checkpoint.folder == model
         return fill(checkpoint, *given)
 
+    def count_continued(checkpoint):
+        calls["continued"] += checkpoint.folder == model
+        return load(checkpoint)
+
     def count_rebuilt(task, plan, writer, progress):
         calls["rebuilt"].append(task.recipe.keep)
         if calls["rebuilt"] == [0.9, 0.7]:
@@ -315,6 +323,7 @@ def test_one_calibration_and_one_dense_evaluation_serve_all_points(finished, mod
 
     monkeypatch.setattr(cli.frontier_plans, "find_units", count_units)
     monkeypatch.setattr(cli.frontier_quality, "fill_hidden", count_fill)
+    monkeypatch.setattr(cli.frontier_quality, "load_eager", count_continued)
     monkeypatch.setattr(cli.frontier_points, "compress_checkpoint", count_rebuilt)
     request = ask(model, text, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt, match=r"2 of 4 points are complete"):
@@ -325,7 +334,7 @@ def test_one_calibration_and_one_dense_evaluation_serve_all_points(finished, mod
     again = run_compare(request, Console(quiet=True))
     assert leave_out_times(make_plain(again.points)) == leave_out_times(make_plain(finished[1].points))
     assert again.answers == finished[1].answers
-    assert calls == {"find_units": 1, "dense": 1, "rebuilt": [0.9, 0.7, 0.7, 0.5]}
+    assert calls == {"find_units": 1, "dense": 1, "continued": 1, "rebuilt": [0.9, 0.7, 0.7, 0.5]}
 
 
 def test_killed_run_goes_on(model, text, tmp_path):
@@ -383,12 +392,15 @@ def test_formats_tasks_and_this_machine(model, text, tmp_path, monkeypatch):
     assert points["dense-int4"].bytes < points[DENSE].bytes
     assert not any(name.endswith("int4") for name in frontier.answers["ascend-910b3"].frontier)
     assert any(path.suffix == ".svg" for path in (tmp_path / "figures").iterdir())
-    assert "16 prompt and 8 new" in render_frontier(frontier)
+    shown, page = render_frontier(frontier), (tmp_path / "out" / "report.html").read_text()
+    assert "16 prompt and 8 new" in shown
+    graphs = "Quality in int4 is that of our ONNX graph, also beside speeds of other runtimes."
+    assert graphs in " ".join(shown.split()) and graphs in page
 
 
 def test_point_that_differs_from_the_model_in_memory_is_not_kept(model, text, tmp_path, monkeypatch):
     wrong = Proof("transformers", DIFFERENT, reason="logits differ")
-    monkeypatch.setattr(cli.frontier_points, "verify_folder", lambda *given, **named: [wrong])
+    monkeypatch.setattr(cli.frontier_proof, "verify_folder", lambda *given, **named: [wrong])
     request = ask(model, text, tmp_path / "out", verify=True, levels=Levels(keep=(0.7,)), samples=0)
     with pytest.raises(RunFailure, match="keep-0.70 failed its verification with transformers: logits differ"):
         run_compare(request, Console(quiet=True))
@@ -437,6 +449,23 @@ def test_speedups_are_planned_for_the_first_profile(model, text, tmp_path):
     assert frontier.points[2].speeds["cpu-avx2"].speedup >= 1.03
     assert frontier.points[2].keep < 1
     assert frontier.answers["cpu-avx2"].frontier[-1] == "speedup-1.03"
+
+
+@pytest.mark.parametrize(("formats", "form"), [(("fp32", "int8"), "fp32"), (("int8",), "int8")])
+def test_speedups_are_over_the_dense_model_in_the_same_format(formats, form, model, text, tmp_path):
+    """What the page says of them is what their goals are."""
+    given = {"levels": Levels(speedup=("1.03",)), "profiles": ("cpu-avx2",)}
+    request = ask(model, text, tmp_path / "out", **given, formats=formats)
+    made = prepare_frontier(request, Console(quiet=True))
+    target, goal = made.targets[0], made.levels[0].goal
+    work = replace(target.workload, weights=form, activations="fp32")
+    dense = replace(target.device, workload=work).estimate(made.job.spec.shape).total
+    assert (goal.dense, goal.limit) == (int(1e9 * dense), int(1e9 * dense / 1.03))
+    (said,) = explain_levels(made)
+    assert f"cpu-avx2 predicts N times the speed of the dense model, both in {form};" in said
+    assert said.endswith("over the dense model in each device's plain format.")
+    plain = ask(model, text, tmp_path / "out", **given)
+    assert list(explain_levels(prepare_frontier(plain, Console(quiet=True)))) == []
 
 
 def test_model_without_numbers_is_refused(model, text, tmp_path, monkeypatch):
@@ -496,6 +525,8 @@ def test_verb_prints_json(finished, model, text):
         (("--text", "TEXT", "--formats", "int5"), "'int5' is not among"),
         (("--text", "TEXT", "--formats", "int4", "--profile", "ascend-910b3"), "no int4 weights"),
         (("--text", "TEXT", "--formats", "int4", *CPU, "--profile", "ascend-910b3"), "reads none of"),
+        (("--text", "TEXT", "--figures", "TEXT"), "is a file"),
+        (("--text", "TEXT", "--figures", "UNDER"), "cannot be made (Not a directory)"),
         (("--text", "TEXT", "--pairs", "TASK"), "has no 'sentence_good'"),
         (("--text", "TEXT", "--limit", "3"), "--limit does nothing"),
         (("--text", "TEXT", "--recover-tokens", "1k"), "give --eval-text FILE too"),
@@ -509,7 +540,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(given, words, model, text, 
     task, short = tmp_path / "task.jsonl", tmp_path / "short.txt"
     task.write_text('{"good": "a"}\n')
     short.write_text(" ".join(f"w{place}" for place in range(3, 40)))
-    files = {"TEXT": text, "TASK": task, "SHORT": short}
+    files = {"TEXT": text, "TASK": task, "SHORT": short, "UNDER": text / "sub" / "more"}
     profile = () if "--profile" in given else ("--profile", "cpu-avx2")
     done = run_verb(model, *(files.get(word, word) for word in given), *profile, "--length", 24, "-o", tmp_path / "out")
     assert done.exit_code == 2, done.stderr

@@ -374,6 +374,33 @@ def test_overwriting_waits_for_nobody_at_work(model, text, tmp_path):
 
 
 @with_optuna
+def test_search_joins_no_run_of_another_kind(searched, model, text, monkeypatch, tmp_path):
+    folder, _ = searched
+    code = (
+        "import fcntl, sys; lock = open(sys.argv[1], 'a+b'); fcntl.lockf(lock, fcntl.LOCK_EX, 3)\n"
+        "print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(folder / place.LOCK)]
+    plain = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert plain.stdout.readline() == "held\n"
+    refused(lambda: run_compare(seek(model, text, folder), QUIET), "Another process is at work", "wait for its end")
+    plain.communicate("\n")
+    out = tmp_path / "a" / "out"
+    monkeypatch.setattr(place.Place, "is_alone", lambda self: False)  # another began it, and was refused meanwhile
+    refused(lambda: run_compare(seek(model, text, out), QUIET), "ended before it got far", "start this one again")
+
+
+@with_optuna
+def test_refused_search_leaves_nothing(model, text, tmp_path, monkeypatch):
+    unreachable = {"levels": Levels(keep=(0.9, 0.01))}
+    refused(lambda: run_compare(seek(model, text, tmp_path / "out", **unreachable), QUIET), "--keep 0.01 leaves")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    refused(lambda: run_compare(seek(model, text, tmp_path / "out"), QUIET), "--search needs locks on files")
+    assert list(tmp_path.iterdir()) == []
+
+
+@with_optuna
 def test_flags_that_leave_nothing_to_search_are_refused(model, text, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTPRESS_PROFILES", str(tmp_path / "none"))  # a machine that nobody measured
     request = seek(model, text, tmp_path / "out", levels=Levels(speedup=("1.2",)))
