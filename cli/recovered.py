@@ -1,6 +1,6 @@
 """Training between the rebuild and the export: `compress --recover`. Imported only by running verbs.
 
-    OUT.compressed/            the rebuilt model with its manifest, its plan, and the text that it trains on
+    OUT.compressed/            the rebuilt model with its manifest, its plan, and its text (cli/recovered_text.py)
     OUT.recovered.training/    the states of the training (cli/training.py)
     OUT.recovered/             the trained model
     OUT/                       the trained model with its graphs, proved; then the others go
@@ -11,13 +11,11 @@ stopped the run.
 
 from __future__ import annotations
 
-import filecmp
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from cli.estimate import estimate_recovery, estimate_training, free_memory
 from cli.manifest import encode_manifest
 from cli.prepare import Job, Texts, keeps_everything
 from cli.recover import recover
+from cli.recovered_text import TRAIN_NAME, check_apart, find_training_text, list_whole, write_training_text
 from cli.trained import open_model, read_manifest
 from cli.training import run_recover
 from cli.training_job import ACTIVATION_BYTES
@@ -39,27 +38,18 @@ from compress.errors import UserError
 from compress.hidden import release_memory
 from compress.pipeline import SAMPLE, Result, Task, compress_checkpoint, storage_dtype
 from compress.plan import Plan, plan_shape, read_plan
-from compress.recover.data import make_options, open_stream
+from compress.recover.data import StreamOptions, check_documents, make_options, open_stream
 from compress.recover.model import Frozen, estimate_activations
 from compress.recover.state import RUN_NAME
 from compress.recover.teacher import BUDGET_BYTES
 from compress.report import PlanReport, make_plain
 from compress.surgery.describe import new_config
-from compress.text import SEPARATOR, Windows, boundary_ids, load_tokenizer, read_documents
+from compress.text import load_tokenizer, read_documents
 
 COMPRESSED, RECOVERED, TRAINING = "compressed", "recovered", "recovered.training"
-PLAN_NAME, TRAIN_NAME, HELD_NAME = "plan.json", "recovery-text.txt", "recovery-heldout.txt"
-CHARACTERS = 64  # of a token, at most, as compress.text.read_windows counts
+PLAN_NAME = "plan.json"
 # Of a manifest, what must be the same for a run to go on.
 SAME = ("source", "recipe", "text", "tokens", "plan_file")
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """The files that are trained on, and the one that is only evaluated on."""
-
-    paths: tuple[Path, ...]
-    heldout: Path | None
 
 
 def name_sibling(job: Job, kind: str) -> Path:
@@ -81,10 +71,11 @@ def check_recovery(job: Job) -> None:
     check_removal(job)
     load_tokenizer(job.checkpoint.folder)
     check_apart(job)
-    whole = (job.request.text,) if job.request.text is not None and job.request.eval_text is not None else ()
-    if recovery.texts or whole:
-        fit_batch(recovery.texts or whole, job)
+    whole = list_whole(job)
+    if whole:
+        fit_batch(whole, job)
     check_room(job)
+    check_lines(job, whole)
 
 
 def check_siblings(job: Job) -> None:
@@ -107,23 +98,15 @@ def check_removal(job: Job) -> None:
         )
 
 
-def check_apart(job: Job) -> None:
-    """Raise UserError where the text to evaluate on is trained on too."""
+def check_lines(job: Job, whole: tuple[Path, ...]) -> None:
+    """Raise UserError for the first line that training could not read, however far down: it would be met much later."""
     request = job.request
-    assert request.recovery is not None
-    for path in request.recovery.texts or (request.text,):
-        if request.eval_text is not None and is_same(path, request.eval_text):
-            raise UserError(
-                f"{path} is also the --eval-text, which training must not see: give another one, or leave it out, and "
-                "a part of --text is kept for evaluation."
-            )
-
-
-def is_same(path: Path | None, other: Path | None) -> bool:
-    """Tell whether two files hold the same."""
-    if path is None or other is None or not path.is_file() or not other.is_file():
-        return False
-    return filecmp.cmp(path, other, shallow=False)
+    held = (request.eval_text,) if request.eval_text is not None else ()
+    if whole or held:
+        check_documents((*whole, *held), make_stream_options(job))
+    if request.text is not None and not held:  # is written anew, without what is kept out
+        for _ in read_documents(request.text, job.recipe.field):
+            pass
 
 
 def check_room(job: Job) -> None:
@@ -194,7 +177,7 @@ def check_trained(job: Job) -> None:
     folder, asked = name_sibling(job, RECOVERED), make_plain(fill_request(job))
     facts = read_manifest(folder)["recovery"][-1]
     made = {**facts["settings"], "rate": facts["rate"]}
-    for name in ("tokens", "batch", "length", "text", "field", "seed", "offline", *(["rate"] if asked["rate"] else [])):
+    for name in ("text", "field", "tokens", "batch", "length", "seed", "offline", *(["rate"] if asked["rate"] else [])):
         if made.get(name) != asked[name]:
             raise UserError(
                 f"{folder} was trained with another {name} ({made.get(name)}, now {asked[name]}); resume with the "
@@ -212,89 +195,7 @@ def find_difference(name: str, made: Any, now: Any) -> str:
     return {"source": "model", "plan": "plan", "tokens": "number of windows"}.get(name, f"{name} ({made}, now {now})")
 
 
-# Text
-
-
-def write_training_text(folder: Path, job: Job, texts: Texts) -> TrainingText:
-    """Write the parts of the text that training may and may not see; files that it may see whole stay in place."""
-    names = (folder / TRAIN_NAME, folder / HELD_NAME)
-    with names[0].open("w", encoding="utf-8") as train, names[1].open("w", encoding="utf-8") as held:
-        for piece, kept_out in list_pieces(job, texts):
-            (held if kept_out else train).write(f"{piece}\n{SEPARATOR}\n")
-    for path in names:
-        if not path.stat().st_size:
-            path.unlink()
-    found = find_training_text(folder, job)
-    if not all(path.is_file() for path in found.paths):
-        raise UserError(f"{texts.calibration.source}: gives no text to train on; give some with --recover-text FILE.")
-    return found
-
-
-def find_training_text(folder: Path, job: Job) -> TrainingText:
-    """Return what is trained on: the files of --recover-text, else --text, each without what is kept out of it."""
-    request, own = job.request, folder / TRAIN_NAME
-    assert request.recovery is not None
-    cut = own.is_file()
-    given = request.recovery.texts or ((request.text,) if request.text is not None and not cut else (own,))
-    paths = tuple(own if cut and is_same(path, request.text) else path for path in given)
-    held = folder / HELD_NAME
-    return TrainingText(paths, request.eval_text or (held if held.is_file() else None))
-
-
-def list_pieces(job: Job, texts: Texts) -> Iterator[tuple[str, bool]]:
-    """Yield the parts of documents, and whether each is kept out; none where training and evaluation have own files."""
-    request, spec = job.request, job.spec
-    held = texts.evaluation if request.eval_text is None else None
-    tokenizer = load_tokenizer(job.checkpoint.folder)
-    if request.text is None:
-        stops = list_stops(spec.config)
-        for windows, kept_out in ((texts.calibration, False), (held, True)):
-            yield from ((text, kept_out) for text in decode_windows(windows, tokenizer, stops))
-    elif held is not None:
-        first = texts.calibration.tokens
-        documents = read_documents(request.text, job.recipe.field)
-        start = len(boundary_ids(dict(spec.config)))
-        yield from divide_documents(documents, tokenizer, start, (first, first + held.tokens))
-
-
-def divide_documents(
-    documents: Iterable[str], tokenizer: Any, start: int, span: tuple[int, int]
-) -> Iterator[tuple[str, bool]]:
-    """Yield the parts of documents outside and inside of a span of tokens, counted as `read_windows` packs them.
-
-    `start`: tokens before each document. A character of which some tokens lie inside is inside.
-    """
-    at, (first, last) = 0, span
-    for document in documents:
-        if at >= last:
-            yield document, False
-            continue
-        offsets = tokenizer.encode(document[: CHARACTERS * (last - at)], add_special_tokens=False).offsets
-        inside = offsets[max(0, first - at - start) : max(0, last - at - start)]
-        at += start + len(offsets)
-        if not inside:
-            yield document, False
-            continue
-        begin, end = min(one[0] for one in inside), max(one[1] for one in inside)
-        for piece, held in ((document[:begin], False), (document[begin:end], True), (document[end:], False)):
-            if piece.strip():
-                yield piece, held
-
-
-def list_stops(config: Mapping[str, Any]) -> frozenset[int]:
-    """Return the tokens that start or end a document."""
-    end = config.get("eos_token_id")
-    ends = end if isinstance(end, list) else [end]
-    return frozenset([*boundary_ids(dict(config)), *(one for one in ends if isinstance(one, int))])
-
-
-def decode_windows(windows: Windows | None, tokenizer: Any, stops: frozenset[int]) -> Iterator[str]:
-    """Yield the documents of sampled windows as text."""
-    for row in windows.ids.tolist() if windows is not None else []:
-        for between, ids in groupby(row, stops.__contains__):
-            text = "" if between else tokenizer.decode(list(ids))
-            if text.strip():
-                yield text
+# Rows
 
 
 def fit_batch(paths: tuple[Path, ...], job: Job) -> tuple[int, int]:
@@ -302,11 +203,10 @@ def fit_batch(paths: tuple[Path, ...], job: Job) -> tuple[int, int]:
 
     Raises UserError for files that are no training text, or hold less than one row.
     """
-    default = read_defaults()
-    rows, length = default["batch"], min(default["length"], job.recipe.length)
-    folder, config = job.checkpoint.folder, dict(job.spec.config)
-    rest = {"field": job.recipe.field, "seed": job.recipe.seed, "most_tokens": rows * length}
-    stream = open_stream(list(paths), load_tokenizer(folder), make_options(folder, config, (rows, length), **rest))
+    options = make_stream_options(job)
+    rows, length = options.rows, options.length
+    options = replace(options, most_tokens=rows * length)
+    stream = open_stream(list(paths), load_tokenizer(job.checkpoint.folder), options)
     tokens = stream.facts.tokens
     stream.close()
     if tokens < length:
@@ -315,6 +215,14 @@ def fit_batch(paths: tuple[Path, ...], job: Job) -> tuple[int, int]:
             "more with --recover-text, or a smaller --length."
         )
     return min(rows, tokens // length), length
+
+
+def make_stream_options(job: Job) -> StreamOptions:
+    """Return how `recover` reads a text, in rows no longer than the windows of this run."""
+    default, recipe = read_defaults(), job.recipe
+    size = (default["batch"], min(default["length"], recipe.length))
+    folder, config = job.checkpoint.folder, dict(job.spec.config)
+    return make_options(folder, config, size, field=recipe.field, seed=recipe.seed)
 
 
 # Stages

@@ -202,9 +202,9 @@ def name_command(request: Request) -> str:
     """Return the command that makes the same again."""
     flags = list_flags(request, () if request.plan is None else options.PLAN_KEYS)
     plan = f" --plan {shlex.quote(str(request.plan))}" if request.plan else ""
-    training = list_training(request.recovery)
+    training, graph = list_training(request.recovery), "" if request.export else " --no-export"
     source, output = shlex.quote(request.source), shlex.quote(str(request.output))
-    return f"lightpress compress {source}{plan}{flags}{training} -o {output}"
+    return f"lightpress compress {source}{plan}{flags}{training}{graph} -o {output}"
 
 
 def list_training(recovery: Recovery | None) -> str:

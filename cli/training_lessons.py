@@ -86,9 +86,9 @@ def open_lesson(job: Job, lesson: Lesson, trainer: Trainer, console: Console) ->
 
 
 def take_text(job: Job) -> Material:
-    """Return the first lesson's material."""
+    """Return the first lesson's material; its key is of the tokens, in which a chat template may have put the date."""
     order = hashlib.sha256(json.dumps(job.order).encode()).hexdigest()
-    key = {"data": job.settings["data"], "order": order}
+    key = {"tokens": job.stream.digest, "order": order}
     return Material(job.lessons[0], job.batches, key, Path(job.asked["cache"] or job.work / "scores"))
 
 

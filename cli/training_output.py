@@ -38,6 +38,7 @@ def describe_run(
         "settings": settings,
         "schedule": asdict(job.options.schedule),
         "rate": job.options.rate,
+        "rates": [{"from_step": step, "rate": rate} for step, rate in trainer.history.rates],
         "steps": trainer.history.step,
         "tokens": trainer.history.tokens,
         "data": make_plain(job.stream.facts),

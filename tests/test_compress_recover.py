@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,16 +21,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import cli.recovered
+import cli.run
 from cli import options
 from cli.app import app
 from cli.console import Console
 from cli.planned import report_plan
 from cli.prepare import gather_texts, prepare_job
-from cli.recovered import add_needs, divide_documents, find_training_text, read_defaults
+from cli.recovered import add_needs, read_defaults
+from cli.recovered_text import divide_documents, find_training_text
 from cli.request import Recovery, Request
+from cli.run import name_command
 from compress.checkpoint import open_checkpoint
 from compress.plan import keep_everything
 from compress.recipe import Recipe
+from compress.recover import data
 from compress.recover.state import Curve, list_states, read_curve
 from compress.text import SEPARATOR, read_documents
 
@@ -201,9 +206,6 @@ def test_interrupts_keep_what_is_done(place, whole, tmp_path, monkeypatch):
     assert "--resume" in stopped.stderr
     assert len(list_states(tmp_path / "out.recovered.training")) == 1
 
-    def stop(*given):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(cli.recovered, "prepare_artifact", stop)
         stopped = compress(place, out, "--recover", "4k", "--resume")
@@ -217,6 +219,100 @@ def test_interrupts_keep_what_is_done(place, whole, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert same(out, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def stop(*given):
+    raise KeyboardInterrupt
+
+
+def begin(place, root, stage):
+    """Let a run stop while it trains, or once it is trained."""
+
+    def interrupt(self, report, *rest, add=Curve.add):
+        add(self, report, *rest)
+        if report.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if stage == "training":
+            patch.setattr(Curve, "add", interrupt)
+        else:
+            patch.setattr(cli.recovered, "prepare_artifact", stop)
+        assert compress(place, root / "out", "--recover", "4k", "--recover-lr", "2e-3").exit_code == 1
+    second = "recovered" if stage == "trained" else "recovered.training"
+    assert sorted(path.name for path in root.iterdir()) == ["out.compressed", f"out.{second}"]
+    return root
+
+
+@pytest.fixture(scope="module", params=["training", "trained"])
+def begun(request, place, tmp_path_factory):
+    """A folder with a run that stopped while it trained, or after that."""
+    return begin(place, tmp_path_factory.mktemp(request.param), request.param)
+
+
+OTHERS = [
+    (("--recover", "8k"), "another tokens (4k, now 8k)"),
+    (("--recover-offline",), "another offline (False, now True)"),
+    (("--recover-text", "{once}"), "another text (["),
+    (("--seed", "3"), "another seed (0, now 3)"),
+]
+
+
+def list_files(root):
+    """Return what may not change when a command is refused."""
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("extra", "words"), OTHERS)
+def test_begun_training_goes_on_only_as_it_was_asked(extra, words, begun, place):
+    before = list_files(begun)
+    own = [one.format(once=place / "once.txt") for one in extra]
+    done = compress(place, begun / "out", "--recover", "4k", "--recover-lr", "2e-3", "--resume", *own)
+    assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lightpress: ")
+    assert list_files(begun) == before
+
+
+@pytest.mark.parametrize("stage", ["training", "trained"])
+def test_another_rate_is_for_training_that_goes_on(stage, place, tmp_path):
+    out = begin(place, tmp_path, stage) / "out"
+    done = compress(place, out, "--recover", "4k", "--recover-lr", "1e-3", "--resume")
+    wanted = [{"from_step": 1, "rate": 2e-3}, {"from_step": 3, "rate": 1e-3}]
+    if stage == "trained":
+        assert (done.exit_code, "another rate (0.002, now 0.001)" in done.stderr) == (2, True), done.stderr
+        done, wanted = compress(place, out, "--recover", "4k", "--recover-lr", "2e-3", "--resume"), wanted[:1]
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((out / "lightpress.json").read_text())["recovery"][0]["rates"] == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def resume_later(place, out, monkeypatch, first, *later):
+    """Stop a run before its first step; return the error of going on with each of other flags, or what it trains on."""
+    # So many windows that as many calibrate whether or not others are kept out of the same text.
+    given = ("compress", place / "dense", *FAST, *LEAN, "--windows", 128, "--length", 12, "--recover", "1k", "-o", out)
+    given, seen = (*given, "--text", place / "train.txt"), {}
+    monkeypatch.setattr(cli.recovered, "run_recover", lambda asked, console: seen.update(asked) or stop())
+    assert run(*given, *first).exit_code == 1
+    assert seen.pop("resume") is False
+    for flags in later:
+        seen.clear()
+        done = run(*given, *flags, "--resume")
+        yield done.stderr.splitlines()[-1] if done.exit_code == 2 else (seen["text"], seen["eval_text"])
+
+
+def test_text_that_was_trained_on_is_never_evaluated_on(place, tmp_path, monkeypatch):
+    flags = ("--eval-text", place / "held.txt")
+    said, same_again = resume_later(place, tmp_path / "out", monkeypatch, flags, (), flags)
+    assert "was made with an --eval-text" in said
+    assert same_again == ([place / "train.txt"], place / "held.txt")
+
+
+def test_part_that_is_kept_out_stays_kept_out(place, tmp_path, monkeypatch):
+    flags = ("--eval-text", place / "held.txt")
+    same_again, other = resume_later(place, tmp_path / "out", monkeypatch, (), (), flags)
+    own, held = (tmp_path / "out.compressed" / f"recovery-{name}.txt" for name in ("text", "heldout"))
+    assert same_again == ([own], held)
+    assert other == ([own], place / "held.txt")
 
 
 def test_divergence_keeps_the_model_and_names_the_flag(place, tmp_path):
@@ -351,6 +447,56 @@ def test_mistakes_are_one_sentence_before_any_work(extra, words, place, tmp_path
     for word in words:
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+BROKEN = [
+    (("--eval-text", "{held}", "--recover-text", "{bad}"), "line 1001 is not JSON"),
+    (("--eval-text", "{held}", "--recover-text", "{train}", "--recover-text", "{other}"), "line 1001 has neither"),
+    (("--eval-text", "{bad}",), "line 1001 is not JSON"),
+    (("--text", "{bad}",), "line 1001 is not JSON"),
+    (("--text", "{bad}", "--recover-text", "{train}"), "line 1001 is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("extra", "words"), BROKEN)
+def test_bad_lines_far_down_are_found_before_any_work(extra, words, place, tmp_path, monkeypatch):
+    names = {name: place / f"{name}.txt" for name in ("train", "held")}
+    good = json.dumps({"text": " ".join(f"w{index}" for index in range(3, 90))}) + "\n"
+    for name, line in (("bad", '{"text": "w3'), ("other", '{"body": "w3 w4"}')):
+        names[name] = tmp_path / f"{name}.jsonl"
+        names[name].write_text(1000 * good + line + "\n")
+    monkeypatch.setattr(cli.run, "gather_texts", stop)
+    monkeypatch.setattr(data, "GROUP", 8)  # the look at how much text there is must not be what finds it
+    given = ("compress", place / "dense", *FAST, *LEAN, "--recover", "1k", "-o", tmp_path / "out")
+    text = () if "--text" in extra else ("--text", names["train"])
+    done = run(*given, *text, *(one.format(**names) for one in extra))
+    assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "other.jsonl"]
+
+
+def test_named_command_asks_for_the_same_again(place, tmp_path, monkeypatch):
+    seen = []
+
+    def look(request, *rest, **named):
+        seen.append(request)
+        raise KeyboardInterrupt("seen")
+
+    monkeypatch.setattr(cli.run, "run_compress", look)
+    spaced = tmp_path / "a b's.txt"
+    plan = ("--plan", tmp_path / "my plan.json")
+    for extra in (
+        (), ("--keep", 0.6, "--norms", "slnp", "--text", spaced, "--no-export"),
+        ("--keep", 0.6, "--eval-text", spaced, "--recover", "4k"),
+        ("--recover", "4k", "--recover-text", spaced, "--recover-text", place / "train.txt", "--recover-lr", "1e-5"),
+        ("--recover", "2M", "--recover-offline", "--windows", 6, "--seed", 3), (*plan, "--recover", "1k"), plan,
+    ):  # fmt: skip
+        run("compress", place / "dense", *extra, "-o", tmp_path / "out dir")
+        command = shlex.split(name_command(seen[-1]))
+        assert command[:2] == ["lightpress", "compress"]
+        done = run(*command[1:])
+        assert "seen" in done.stderr, done.stderr
+        assert seen[-1] == seen[-2], command
+    assert len(seen) == 14
 
 
 def test_training_needs_a_tokenizer(place, tmp_path):

@@ -371,14 +371,58 @@ def test_the_command_refuses_in_a_sentence(flags: tuple[str, ...], said: str, fo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_order_leaves_nothing_in_the_way(folder: Path, tmp_path: Path) -> None:
+    flags = ("--curriculum", "easy", "--label", "kind", "--label-order")
+    done = invoke(folder, tmp_path / "out", *flags, "long")
+    assert (done.exit_code, "short" in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.iterdir())
+    done = invoke(folder, tmp_path / "out", *flags, "long,short")
+    assert done.exit_code == 0, done.stderr
+
+
+def write_dated(folder: Path, text: str = "{{ 'w' ~ strftime_now('%d') ~ ' ' ~ m['content'] ~ ' ' }}") -> None:
+    """Write a model whose chat template writes the day into each message, and a text of prompts with answers."""
+    make_checkpoint(folder / "model", "llama")
+    make_tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    template = f"{{% for m in messages %}}{text}{{% endfor %}}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    put(folder / "text.jsonl", make_rows(80))
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_scores_are_of_the_tokens_whatever_the_day(
+    dated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli import training_job
+
+    write_dated(tmp_path, *([] if dated else ["{{ m['content'] ~ ' ' }}"]))
+    offline = ("--offline", "--cache", tmp_path / "scores")
+
+    def train_on(day: str, out: str, *extra: object) -> Any:
+        monkeypatch.setattr(training_job, "settle_date", lambda work, resume: day)
+        return invoke(tmp_path, tmp_path / out, *extra, taught=True)
+
+    done = train_on("2020-01-17", "one", *offline)
+    assert done.exit_code == 0, done.stderr
+    scores = {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir()}
+    again = train_on("2020-01-17", "again", *offline)
+    assert (again.exit_code, "Scoring" in again.stderr) == (0, False), again.stderr
+    done = train_on("2020-01-18", "two", *offline)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir()} == scores
+    assert "Scoring" not in done.stderr
+    if not dated:
+        assert done.exit_code == 0, done.stderr
+        return
+    assert (done.exit_code, "(its tokens differ)" in done.stderr) == (2, True), done.stderr
+    # Refused before its first step, it left nothing that the corrected command would stumble over.
+    done = train_on("2020-01-18", "two", *offline[:2], tmp_path / "others")
+    assert done.exit_code == 0, done.stderr
+
+
 def test_a_resumed_run_sees_the_date_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cli import training, training_job
 
-    make_checkpoint(tmp_path / "model", "llama")
-    make_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
-    template = "{% for m in messages %}{{ 'w' ~ strftime_now('%d') ~ ' ' ~ m['content'] ~ ' ' }}{% endfor %}"
-    (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    put(tmp_path / "text.jsonl", [*make_rows(80)])
+    write_dated(tmp_path)
     seen = []
     real = training_job.make_options
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from tiny import CASES, make_checkpoint
 from typer.testing import CliRunner
 
 import cli.trained
+import cli.training_lessons
 from cli.app import Verb, Verbs
 from cli.recover import recover
 from compress.checkpoint import open_checkpoint
 from compress.decoder import compute_logits, make_frame, run_layer
 from compress.errors import UserError
+from compress.recover import state
 from compress.recover.data import Batch
 from compress.recover.loop import (
     Diverged,
@@ -644,6 +647,24 @@ def test_saved_run_continues_to_the_same_bits(tiny, tmp_path):
     assert again.history == whole.history
 
 
+def test_history_knows_the_rate_of_every_step(tiny, tmp_path):
+    def go_on(rate, count):
+        trainer = make_trainer(tiny)
+        trainer.options = replace(trainer.options, rate=rate)
+        if find_state(tmp_path):
+            load_state(find_state(tmp_path), trainer)
+        run(trainer, tiny, count)
+        return trainer
+
+    save_state(tmp_path, go_on(1e-2, 3))
+    go_on(5e-3, 2)  # steps after the last state are lost, and so is their rate
+    whole = go_on(1e-3, 4)
+    save_state(tmp_path, whole)
+    assert whole.history.rates == [(1, 1e-2), (4, 1e-3)]
+    assert go_on(1e-3, 2).history.rates == [(1, 1e-2), (4, 1e-3)]
+    assert go_on(1e-2, 2).history.rates == [(1, 1e-2), (4, 1e-3), (8, 1e-2)]
+
+
 def test_last_two_states_are_kept_and_other_models_refused(tiny, tmp_path):
     trainer = make_trainer(tiny)
     for _ in range(3):
@@ -854,6 +875,30 @@ def test_offline_training_is_online_training_on_the_top(folders, tmp_path):
     assert "another run" in refused.stderr
 
 
+def test_finished_scores_ask_for_no_disk(folders, tmp_path, monkeypatch):
+    cache, asked = tmp_path / "cache", []
+
+    def measure(folder, size):
+        """A disk that holds the scores once, and then nothing more."""
+        asked.append((folder, size))
+        if list(folder.glob("*.npy")) or full:
+            raise UserError("the disk is full.")
+
+    monkeypatch.setattr(cli.training_lessons, "check_space", measure)
+    full = True
+    done = invoke(folders, tmp_path / "out", "--offline", "--cache", cache)
+    assert (done.exit_code, "the disk is full." in done.stderr) == (2, True)
+    full = False
+    done = invoke(folders, tmp_path / "out", "--offline", "--cache", cache)  # neither --resume nor another folder
+    assert done.exit_code == 0, done.stderr
+    # Ten batches of 96 tokens, 13 buckets in 58 bytes; a lesson that opens finished scores asks for nothing.
+    assert asked == [(cache, 10 * 96 * 58)] * 2
+    full = True
+    done = invoke(folders, tmp_path / "again", "--offline", "--cache", cache)
+    assert done.exit_code == 0, done.stderr
+    assert len(asked) == 2
+
+
 def test_killed_run_resumes_to_the_same_weights(folders, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     extra = ("--offline", "--save-steps", 4)
@@ -901,6 +946,49 @@ def test_interrupt_saves_and_says_how_to_resume(folders, tmp_path, monkeypatch):
     done = invoke(folders, out, "--resume")
     assert done.exit_code == 0, done.stderr
     assert steps == list(range(1, 11))
+
+
+def stop_at(monkeypatch, step):
+    """Interrupt a run after one of its steps."""
+
+    def interrupt(self, report, *rest, add=Curve.add):
+        add(self, report, *rest)
+        if report.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Curve, "add", interrupt)
+
+
+def test_each_state_is_written_once(folders, tmp_path, monkeypatch):
+    written = []
+
+    def write(folder, trainer, real=state.write_state):
+        written.append(folder.name)
+        real(folder, trainer)
+
+    monkeypatch.setattr(state, "write_state", write)
+    done = invoke(folders, tmp_path / "out", "--save-steps", 5)
+    assert done.exit_code == 0, done.stderr
+    assert written == ["state-00000005", "state-00000010"]
+    stop_at(monkeypatch, 4)
+    assert invoke(folders, tmp_path / "stopped", "--save-steps", 2).exit_code == 1
+    assert written[2:] == ["state-00000002", "state-00000004"]
+
+
+def test_manifest_tells_of_each_rate(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert invoke(folders, out).exit_code == 1
+    done = invoke(folders, out, "--resume", "--lr", 1e-3, "--json")
+    assert done.exit_code == 0, done.stderr
+    entry = json.loads((out / "lightpress.json").read_text())["recovery"][0]
+    assert entry["rates"] == [{"from_step": 1, "rate": 3e-3}, {"from_step": 5, "rate": 1e-3}]
+    assert entry["rate"] == 1e-3
+    assert json.loads(done.stdout)["rates"] == entry["rates"]
+    factors = [rate_factor(Schedule(10, COSINE, entry["schedule"]["warmup"]), step) for step in range(10)]
+    rates = [float(row["rate"]) for row in read_curve(out / "recovery.csv")]
+    assert rates == pytest.approx([3e-3 * one for one in factors[:4]] + [1e-3 * one for one in factors[4:]], rel=1e-5)
 
 
 def test_divergence_keeps_the_last_good_state(folders, tmp_path):

@@ -20,7 +20,7 @@ from tokenizers.trainers import BpeTrainer
 
 from compress.recover import data_index
 from compress.recover.chat import compile_template, mark_tokens, read_template, render_chat
-from compress.recover.data import DataStream, StreamOptions, make_options, open_stream
+from compress.recover.data import DataStream, StreamOptions, check_documents, make_options, open_stream
 from compress.recover.data_index import DocumentIndex
 from compress.recover.data_pack import cut_document, pack_rows
 from compress.text import read_documents
@@ -200,6 +200,9 @@ def test_refusals_name_file_and_line(tokenizer: Tokenizer, tmp_path: Path) -> No
     def start(*paths: Path, **rest: Any) -> Any:
         return lambda: open_stream(paths, tokenizer, StreamOptions(**rest))
 
+    def look(*paths: Path, **rest: Any) -> Any:
+        return lambda: check_documents(paths, StreamOptions(**rest))
+
     good = {"text": "once upon"}
     refused(start(put(tmp_path / "a.jsonl", good, {"body": "x", "head": "y"})), "a.jsonl: line 2", "body, head")
     refused(start(put(tmp_path / "b.jsonl", {"messages": CHAT})), "b.jsonl: line 1", "chat_template.jinja")
@@ -219,6 +222,27 @@ def test_refusals_name_file_and_line(tokenizer: Tokenizer, tmp_path: Path) -> No
     refused(start(put(tmp_path / "i.jsonl", good), vocabulary=10), "line 1", "10 embeddings")
     refused(start(put(tmp_path / "j.jsonl", {"text": "<s>"})), "no token there counts")
     refused(start(tmp_path / "i.jsonl", length=1), "no prediction")
+    # What needs no tokens is found without them.
+    check_documents([tmp_path / "i.jsonl", tmp_path / "j.jsonl"], StreamOptions())
+    refused(look(tmp_path / "i.jsonl", tmp_path / "a.jsonl"), "a.jsonl: line 2", "body, head")
+    refused(look(tmp_path / "d.jsonl", template=make_template(BRACKETS)), "line 1", "roles must alternate")
+    refused(look(tmp_path / "e.jsonl"), "line 3", "not JSON")
+    refused(look(tmp_path / "f.txt"), "byte 5", "UTF-8")
+
+
+def test_digest_is_of_what_decides_the_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def digest(path: Path, **rest: Any) -> str:
+        return open_stream([path], tokenizer, StreamOptions(**{"length": 16, "rows": 2, **rest})).digest
+
+    rows = [{"prompt": TALK[at : at + 20], "response": TALK[: 9 + at]} for at in range(9)]
+    one = digest(put(tmp_path / "a.jsonl", *rows))
+    assert digest(put(tmp_path / "b.jsonl", *rows)) == one == digest(tmp_path / "a.jsonl", field="other")
+    turned = [{"prompt": row["prompt"] + row["response"][:1], "response": row["response"][1:]} for row in rows]
+    texts = [{"text": row["prompt"] + row["response"]} for row in rows]
+    others = [digest(put(tmp_path / "c.jsonl", *given)) for given in (rows[1:], rows[::-1], turned, texts)]
+    changes: list[dict[str, Any]] = [{"length": 15}, {"rows": 3}, {"seed": 1}, {"start": (1,)}]
+    others += [digest(tmp_path / "a.jsonl", **change) for change in changes]
+    assert len({one, *others}) == 1 + len(others)
 
 
 def test_texts_equal_those_of_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

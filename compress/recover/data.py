@@ -10,9 +10,11 @@ tokens are known before the first batch, a run that resumes skips batches withou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from compress.recover.data_rows import Document, Draft, StreamOptions, draft_row
 from compress.text import boundary_ids
 
 __all__ = [
-    "Batch", "DataFacts", "DataStream", "Document", "DocumentView", "StreamOptions", "make_options", "open_stream",
+    "Batch", "DataFacts", "DataStream", "Document", "DocumentView", "StreamOptions", "check_documents", "make_options",
+    "open_stream",
 ]  # fmt: skip
 
 GROUP, GROUP_CHARACTERS = 512, 2**22  # documents, and characters, that are tokenised at once
@@ -103,6 +106,20 @@ def open_stream(paths: Sequence[Path], tokenizer: Any, options: StreamOptions) -
     return DataStream(index, tokenizer, options)
 
 
+def check_documents(paths: Sequence[Path], options: StreamOptions) -> None:
+    """Read every document of some files once, without its tokens; UserError, naming file and line, as `open_stream`."""
+    index = DocumentIndex(paths, options.field)
+    for number in range(len(index)):
+        draft_document(index, number, options)
+    index.close()
+
+
+def draft_document(index: DocumentIndex, number: int, options: StreamOptions) -> Draft:
+    """Return a document before it is tokenised; UserError for what is no training data."""
+    row, first, last = index.read(number)
+    return draft_row(row, options, (first, last), index.place(number))
+
+
 # The stream
 
 
@@ -150,8 +167,19 @@ class DataStream:
 
     def close(self) -> None:
         """Delete the temporary files; they also go with the object."""
-        for spool in (self._ids, self._weights, self._pieces, self.index.entries):
+        for spool in (self._ids, self._weights, self._pieces):
             spool.close()
+        self.index.close()
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a hash of all that decides the batches but an order: tokens, what counts, packing and seed."""
+        total = hashlib.sha256(repr((self.options.rows, self.options.length, self.options.seed)).encode())
+        for spool in (self._ids, self._weights, self._pieces):
+            total.update(f"{spool.count} ".encode())
+            for block in spool.blocks():
+                total.update(block.tobytes())
+        return total.hexdigest()
 
     def batches(self, start: int = 0, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Yield batches without end, epoch after epoch, without the first `start`, which are skipped without reading.
@@ -233,16 +261,12 @@ class DataStream:
         if most and self._ids.count >= most:
             counts.add("unread", len(group))
             return
-        drafts = [self._draft(number) for number in group]
+        drafts = [draft_document(self.index, number, self.options) for number in group]
         for number, document in zip(group, encode_drafts(tokenizer, drafts), strict=True):
             if most and self._ids.count >= most:
                 counts.add("unread")
             else:
                 self._add_document(number, document, counts)
-
-    def _draft(self, number: int) -> Draft:
-        row, first, last = self.index.read(number)
-        return draft_row(row, self.options, (first, last), self.index.place(number))
 
     def _add_document(self, number: int, document: Document, counts: Counts) -> None:
         """Write one document's tokens and its pieces that have something to predict."""

@@ -53,9 +53,14 @@ class Spool:
         size = self.kind.itemsize
         return np.frombuffer(os.pread(self._file.fileno(), (stop - start) * size, start * size), self.kind).copy()
 
-    def column(self, name: str, block: int = 2**16) -> np.ndarray[Any, Any]:
+    def blocks(self, block: int = 2**16) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield all records, `block` at a time."""
+        for at in range(0, self.count, block):
+            yield self.read(at, min(at + block, self.count))
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
         """Return one field of all records."""
-        parts = [self.read(at, min(at + block, self.count))[name] for at in range(0, self.count, block)]
+        parts = [records[name] for records in self.blocks()]
         return np.concatenate(parts) if parts else np.empty(0, self.kind[name])
 
 
@@ -77,6 +82,11 @@ class DocumentIndex:
 
     def __len__(self) -> int:
         return self.entries.count
+
+    def close(self) -> None:
+        """Delete the temporary files; they also go with the object."""
+        for spool in (self.entries, *self._tables.values()):
+            spool.close()
 
     def _add(self, number: int, path: Path) -> None:
         if not path.is_file():

@@ -61,13 +61,22 @@ class LoopOptions:
 
 @dataclass
 class History:
-    """What the run has been like, saved with it: steps, tokens and batches used, level and running mean of the loss."""
+    """What the run has been like, saved with it: steps, tokens and batches used, level and running mean of the loss.
+
+    `rates`: (first step, highest rate) of each stretch, since a run may be resumed with another rate.
+    """
 
     step: int = 0
     batches: int = 0
     tokens: int = 0
     level: float = 0.0
     running: float = 0.0
+    rates: list[tuple[int, float]] = field(default_factory=list)
+
+    def note_rate(self, rate: float) -> None:
+        """Note that the next step is taken at another highest rate than those before it."""
+        if not self.rates or self.rates[-1][1] != rate:
+            self.rates.append((self.step + 1, rate))
 
     @property
     def rising(self) -> bool:
@@ -125,6 +134,7 @@ def train(trainer: Trainer, teaching: Teaching, batches: Iterator[Batch]) -> Ite
             what = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the gradient's norm is {norm:g}"
             raise Diverged(history.step + 1, what)
         rate = options.rate * rate_factor(options.schedule, history.step)
+        history.note_rate(options.rate)
         trainer.optimizer.step(rate)
         trainer.optimizer.clear_gradients()
         if trainer.average is not None:

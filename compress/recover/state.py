@@ -41,10 +41,14 @@ def list_states(work: Path) -> list[Path]:
 def save_state(work: Path, trainer: Trainer) -> Path:
     """Save where a run stands and remove all but the last states; Diverged where a parameter is not finite.
 
-    A group gathers one tensor at a time, in every process, and the first one writes it.
+    A state that this step has already is left as it is. A group gathers one tensor at a time, in every process, and
+    the first one writes it.
     """
     check_finite(trainer)
     folder = work / f"{PREFIX}{trainer.history.step:08d}"
+    (there,) = trainer.group.any(trainer.group.first and folder.is_dir())
+    if there:
+        return folder
     if trainer.group.first:
         write_state(folder, trainer)
         for old in list_states(work)[:-KEPT]:
@@ -91,8 +95,13 @@ def load_state(folder: Path, trainer: Trainer) -> None:
             rows = own_rows(tensor)
             own_part(tensor).copy_(state.read_slice(name, rows.start, rows.stop))
     torch.set_rng_state(state.read_one("random"))
-    trainer.history = History(**state.config["history"])
+    trainer.history = read_history(state.config["history"])
     trainer.optimizer.steps = int(state.config["moments"])
+
+
+def read_history(saved: Mapping[str, Any]) -> History:
+    """Return a history from its JSON, which has lists for pairs."""
+    return History(**{**saved, "rates": [(int(step), float(rate)) for step, rate in saved.get("rates", [])]})
 
 
 def find_state(work: Path) -> Path | None:
@@ -119,7 +128,7 @@ def open_work(work: Path, settings: Mapping[str, Any], resume: bool) -> None:
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete {work} to start again.") from error
-    for name in sorted({*saved, *settings}):
+    for name in {**settings, **saved}:  # flags first, then hashes, which say less
         if saved.get(name) != settings.get(name):
             raise UserError(
                 f"{work} was begun with another {name} ({shorten(saved.get(name))}, now "

@@ -5,7 +5,7 @@ use, each of its layers read once per shard, and leaves its k most likely tokens
 together, and the log-sum-exp of its logits (with which log-probabilities are logits again) for every token that
 counts. Training then holds no teacher. (Offline distillation: methods 4.2; buckets: `losses.tail_kl`.)
 
-    CACHE/scores.json            the key: hashes of teacher, data and settings; a cache with another key is refused
+    CACHE/scores.json            the key: hashes of teacher and tokens, sizes; a cache with another key is refused
     CACHE/shard-00000.npy        one record for each counted token, batch after batch
     CACHE/shard-00000.json       for each batch: counted tokens and a checksum of what was scored
 """
