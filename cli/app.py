@@ -19,6 +19,7 @@ from cli.compress import compress
 from cli.console import RunFailure
 from cli.demo import demo
 from cli.distill import distill_data
+from cli.distributed import leave_to_first
 from cli.evaluate import evaluate
 from cli.export import export
 from cli.generate import generate
@@ -52,6 +53,8 @@ class Verbs(TyperGroup):
             message, code = explain_error(error)
             if not code:
                 raise
+            if is_usage(error):
+                leave_to_first()
             if message:
                 print(f"lightpress: {message}", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
@@ -92,11 +95,16 @@ def explain_error(error: Exception) -> tuple[str, int]:
 
 def explain_usage(error: Any) -> tuple[str, int]:
     """Return the sentence for a mistake on the command line: typer's releases differ in where its classes live."""
-    if not hasattr(error, "format_message"):
+    if not is_usage(error):
         return "", 0
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
     return f"{error.format_message().rstrip('.')}{hint}.", MISUSED
+
+
+def is_usage(error: Exception) -> bool:
+    """Return whether it is a mistake on the command line, which all processes of a torchrun run find alike."""
+    return hasattr(error, "format_message")
 
 
 app = typer.Typer(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.distributed import CPU, join_run, open_console
+from cli.distributed import CPU, join_run, open_console, speak_once
 from cli.request import BenchSize, Request
 from compress.errors import UserError
 
@@ -52,11 +52,12 @@ def compress(
     lessons = {
         "recover": recover, "recover_text": recover_text, "recover_offline": recover_offline, "recover_lr": recover_lr,
     }  # fmt: skip
-    request = Request(
-        source, options.settle_recipe(recipe, flags, plan), text, eval_text, plan, output, overwrite,
-        export=not no_export, verify=not no_verify, bench=not no_bench, speed=BenchSize(threads=threads),
-        recovery=options.settle_recovery(recipe, lessons, resume),
-    )  # fmt: skip
+    with speak_once():
+        request = Request(
+            source, options.settle_recipe(recipe, flags, plan), text, eval_text, plan, output, overwrite,
+            export=not no_export, verify=not no_verify, bench=not no_bench, speed=BenchSize(threads=threads),
+            recovery=options.settle_recovery(recipe, lessons, resume),
+        )  # fmt: skip
     with open_console(as_json, quiet) as console, join_run(CPU) as group:
         from cli.run import join_compress, run_compress
         from compress.report import make_plain

@@ -59,13 +59,21 @@ def open_console(as_json: bool, quiet: bool) -> Console:
 
 
 @contextmanager
-def speak_once() -> Iterator[None]:
-    """Let the first process alone say what is wrong with a request: before they meet, all of them find the same."""
+def speak_once(place: str = "RANK") -> Iterator[None]:
+    """Let the first process alone say what is wrong with a request: before they meet, all of them find the same.
+
+    `place`: LOCAL_RANK where all processes of one machine find it, and perhaps those of another one do not.
+    """
     try:
         yield
     except UserError:
-        if int(os.environ.get("RANK", "0")) == 0:
-            raise
+        leave_to_first(place)
+        raise
+
+
+def leave_to_first(place: str = "RANK") -> None:
+    """End this process without a word, unless it is the first one, which says what all of them find."""
+    if int(os.environ.get(place, "0")) > 0:
         leave(MISUSED)
 
 
@@ -84,7 +92,9 @@ def join_run(kind: str) -> Iterator[Group]:
     """
     from compress.parallel import join_group
 
-    open_device(kind)
+    with speak_once("LOCAL_RANK"):
+        open_device(kind)
+    check_place(kind)
     with join_group(kind) as group, end_together(group):
         yield group
         group.wait()  # for the first process, which writes and proves
@@ -105,8 +115,18 @@ def open_device(kind: str) -> None:
     module = getattr(torch, kind)
     if not module.is_available():
         raise UserError(f"--device {kind}: torch finds no such device; install a torch with it, or use --device cpu.")
-    place, count = int(os.environ.get("LOCAL_RANK", "0")), module.device_count()
-    if place >= count:
+
+
+def check_place(kind: str) -> None:
+    """Raise UserError, in the first process that no device is left for; those behind it leave without a word."""
+    if kind == CPU:
+        return
+    import torch
+
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), getattr(torch, kind).device_count()
+    if place > count:
+        leave(MISUSED)
+    if place == count:
         raise UserError(
             f"torchrun started more processes than this machine has {kind} devices: give --nproc-per-node {count}."
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.distributed import CPU, join_run, open_console
+from cli.distributed import CPU, join_run, open_console, speak_once
 from cli.request import BenchSize, Request
 
 
@@ -44,10 +44,11 @@ def plan(
 
     Example: lightpress plan ./model --keep 0.7 --text notes.txt -o plan.json
     """
-    request = Request(
-        source, options.settle_recipe(recipe, flags, plan_file), text,
-        plan=plan_file, export=not no_export, speed=BenchSize(threads=threads),
-    )  # fmt: skip
+    with speak_once():
+        request = Request(
+            source, options.settle_recipe(recipe, flags, plan_file), text,
+            plan=plan_file, export=not no_export, speed=BenchSize(threads=threads),
+        )  # fmt: skip
     with open_console(as_json, quiet) as console, join_run(CPU) as group:
         from cli.run import run_plan
 

@@ -22,8 +22,9 @@ from tiny import make_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
+import cli.distributed
 from cli.app import app
-from cli.distributed import end_together
+from cli.distributed import check_place, end_together
 from compress.checkpoint import open_checkpoint
 from compress.errors import UserError
 from compress.parallel import ALONE, Group, join_group
@@ -401,6 +402,8 @@ def test_interrupt_of_one_process_stops_all_and_one_goes_on_alone(folders, alone
     [
         ([], ["--lora", 2, "--alpha", 0.5], "--alpha does nothing"),  # before they meet
         (["--text", "none.txt"], [], "none.txt"),  # what only the second one finds, while the first waits for it
+        ([], ["--batch", 0], "'--batch'"),  # on the command line
+        ([], ["--device", "tpu"], "--device tpu is not one of"),
     ],
 )
 def test_mistakes_end_all_processes_with_one_sentence(own, extra, sentence, folders, tmp_path):
@@ -410,6 +413,28 @@ def test_mistakes_end_all_processes_with_one_sentence(own, extra, sentence, fold
     assert len(lines) == 1
     assert sentence in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["compress", "plan"])
+def test_mistakes_in_a_recipe_are_told_once(verb, folders, tmp_path):
+    command = [verb, str(folders / "dense"), "--keep", "2", "-o", str(tmp_path / "out")]
+    codes, lines = wait_for(start_two(command, command))
+    assert (codes, len(lines)) == ([2, 2], 1), lines
+    assert "keep" in lines[0]
+
+
+def test_the_first_process_without_a_device_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cli.distributed, "GRACE", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_place("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="--nproc-per-node 2"):
+        check_place("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit) as left:
+        check_place("cuda")
+    assert left.value.code == 2
 
 
 def test_devices_that_are_not_there_are_named(folders, tmp_path):
