@@ -7,7 +7,7 @@
 Rows have a prompt and a response, of which only the response counts: a story's first sentence and its second (stories
 are separated by <|endoftext|> or two empty lines), or a task of the demo checkpoint and its right answer. Held-out rows
 are never seen by any arm. Arms, each of 5 % of the tokens but `all`: random; loss (medium, by the student); gradient
-(like 40 of the training rows); rows (the documents that trajectory matching starts from, as they stand); trajectory
+(like 40 of the training rows); rows (the documents that trajectory matching ends with, as they stand); trajectory
 (those documents, prompts distilled). Every arm trains the student for the same steps on the same number of rows, with
 every rate of --rates; the table has the mean over the seeds, and the lowest and highest. A seed decides which
 documents are drawn, the experts, and the order in training. What is in FOLDER/results.json is not run again.
@@ -103,9 +103,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--train-steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    for name, value in {"rank": 0, "experts": 1, "expert-steps": 40, "batch": 24, "every": 10, "ahead": 2, "inner": 3,
-                        "prompt": 4, "steps": 16, "swaps": 20}.items():  # fmt: skip
+    for name, value in {"rank": 0, "experts": 1, "expert-steps": 40, "batch": 12, "every": 10, "ahead": 2, "inner": 3,
+                        "prompt": 4, "steps": 16, "swaps": 20, "exchanges": 300}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help="of TrajectoryOptions")
+    parser.add_argument("--expert-rate", type=float, default=5e-4, help="of TrajectoryOptions")
     return parser.parse_args()
 
 

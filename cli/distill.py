@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Flags that do something with one method only.
 NEEDS: Mapping[str, str] = {
     "pick": "loss", "like": "gradient", "prompt-tokens": "trajectory", "steps": "trajectory", "rank": "trajectory",
-    "experts": "trajectory",
+    "experts": "trajectory", "exchanges": "trajectory",
 }  # fmt: skip
 MOST_PARAMETERS = 10**9  # trajectories keep several copies of the model's factors and differentiate twice
 BYTES = 4  # of a float32 parameter
@@ -58,6 +58,9 @@ def distill_data(
         int | None, typer.Option("--rank", min=0, help="Rank of the LoRA that trajectories are of; 0: all weights.")
     ] = None,
     experts: Annotated[int | None, typer.Option("--experts", min=1, help="Trajectories that are matched.")] = None,
+    exchanges: Annotated[
+        int | None, typer.Option("--exchanges", min=0, help="Trials of other documents: each trains on them. [50]")
+    ] = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Most tokens of a document.")] = 512,
     field: options.Field = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
@@ -69,7 +72,7 @@ def distill_data(
 
     Example: lightpress distill-data ./model --text chats.jsonl --method loss --share 0.05 -o small.jsonl
     """
-    own = {"prompt": prompt_tokens, "steps": steps, "rank": rank, "experts": experts}
+    own = {"prompt": prompt_tokens, "steps": steps, "rank": rank, "experts": experts, "exchanges": exchanges}
     check_flags(method, {"pick": pick, "like": like, **{flag_name(name): value for name, value in own.items()}})
     check_output(output, [*text, *(like or [])], overwrite)
     with Console(as_json, quiet) as console:
@@ -215,8 +218,19 @@ def render_facts(facts: Mapping[str, Any], output: Path) -> str:
     if facts["method"] != "trajectory":
         return said
     return (
-        f"{said}\nMatching loss (1: no progress): {facts['matching_real']:.3f} with the real prompts, "
+        f"{said}\n{describe_exchanges(facts)}"
+        f"Matching loss (1: no progress): {facts['matching_real']:.3f} with the real prompts, "
         f"{facts['matching_learned']:.3f} learned, {facts['matching_tokens']:.3f} as tokens.\n"
         f"{100 * facts['round_trip']:.0f} % of the prompts are the same tokens when their text is read again. The rows "
         "are marked synthetic; nobody wrote their prompts."
+    )
+
+
+def describe_exchanges(facts: Mapping[str, Any]) -> str:
+    """Return how far exchanges of documents have led, as a line; nothing where none was tried."""
+    if facts["lag_matched"] is None:
+        return ""
+    return (
+        f"Loss on other real text after training on the chosen documents: {facts['lag_matched']:.3f}, and "
+        f"{facts['lag_exchanged']:.3f} after {facts['exchanged']} exchanges.\n"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from words import WORDS, make_tokenizer
 
 from cli.distill import distill_data, write_rows
 from compress.checkpoint import open_checkpoint
+from compress.decoder import compute_logits
 from compress.recover import select
 from compress.recover.data import DataStream, Document, StreamOptions, open_stream
 from compress.recover.functional import Model, embed_tokens, load_model, run_layers, stack_documents, sum_losses
@@ -35,6 +36,8 @@ from compress.recover.trajectory import (
     Matching,
     Theta,
     TrajectoryOptions,
+    apply_theta,
+    copy_theta,
     fits_samples,
     judge,
     make_samples,
@@ -42,8 +45,10 @@ from compress.recover.trajectory import (
     mean_loss,
     measure_match,
     roll_out,
+    start_theta,
     train_expert,
 )
+from compress.recover.trajectory_exchange import Apprentice, Exchanged, draw_epochs, exchange_rows
 from compress.recover.trajectory_learn import distil_prompts, draw_start, guess_rate, learn_prompts, start_learned
 from compress.recover.trajectory_project import (
     Outer,
@@ -424,6 +429,85 @@ def test_a_sketch_keeps_inner_products() -> None:
     torch.testing.assert_close(first.press(pair[0]), slow)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_lag_equals_that_of_plain_loops(rank: int, tmp_path: Path) -> None:
+    options = replace(SMALL, rank=rank, tests=9, expert_rate=2e-2)
+    matching, _, documents = make_matching(tmp_path, options)
+    tests, taken = (3, 1, 12, 19, 5, 7), [1, 7, 8, 2, 11]
+    lag = Apprentice(matching.model, list(documents.values()), tests, options).measure(taken)
+    draws = draw_epochs(5, options)
+    assert len(draws) == 12 and all(len(set(draw)) == 4 for draw in draws[:1])
+    assert all(sorted(sum(draws, [])[start : start + 5]) == [0, 1, 2, 3, 4] for start in range(0, 45, 5))
+    theta = start_theta(matching.model, options)
+    optimizer = torch.optim.Adam([one.requires_grad_() for one in theta.values()])
+    states = []
+    for step, draw in enumerate(draws):
+        optimizer.param_groups[0]["lr"] = 2e-2 * (12 - step) / 12
+        optimizer.zero_grad()
+        ids, weights = stack_documents([documents[taken[place]] for place in draw])
+        weights[:, 0] = 0
+        with torch.enable_grad():
+            x = embed_tokens(matching.model, ids)
+            mean_loss(matching.model, theta, options, (x, ids, weights.double())).backward()
+        optimizer.step()
+        states += [copy_theta(theta)] if step in (5, 11) else []
+    means = []
+    for theta in states:
+        total, count = 0.0, 0.0
+        for number in (3, 12, 19, 5):
+            ids, weights = stack_documents([documents[number]])
+            layers = apply_theta(matching.model, theta, options)
+            x = run_layers(matching.model, embed_tokens(matching.model, ids), layers)
+            logits = compute_logits(matching.model.spec, matching.model.ends, x)[0].log_softmax(-1)
+            for place in range(1, ids.shape[1]):
+                total -= float(logits[place - 1, ids[0, place]] * weights[0, place])
+                count += float(weights[0, place])
+        means.append(total / count)
+    assert means[0] != means[1]
+    assert lag == pytest.approx(min(means), rel=1e-9)
+
+
+def test_exchanges_are_kept_where_the_lag_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(3)
+    worth = torch.rand(30, generator=random).tolist()
+    documents = [Document((1,) * (4 + number % 5), (1.0,) * (4 + number % 5)) for number in range(30)]
+    tried: list[tuple[int, ...]] = []
+
+    def measure(apprentice: Apprentice, taken: Sequence[int]) -> float:
+        tried.append(tuple(taken))
+        return sum(worth[number] for number in taken) / len(taken)
+
+    monkeypatch.setattr(Apprentice, "measure", measure)
+    model: Any = None
+    found = exchange_rows(model, documents, [0, 1, 2, 3], replace(SMALL, exchanges=60), 60)
+    assert len(tried) == 61 and tried[0] == (0, 1, 2, 3)
+    kept = list(tried[:1])
+    for other in tried[1:]:  # at most three of what was kept have gone, and nothing that fits is left out
+        assert len(set(other)) == len(other) and len(set(kept[-1]) - set(other)) <= 3
+        room = 60 - sum(len(documents[number].ids) for number in other)
+        assert 0 <= room < min(len(documents[number].ids) for number in range(30) if number not in other)
+        if sum(worth[n] for n in other) / len(other) < sum(worth[n] for n in kept[-1]) / len(kept[-1]):
+            kept.append(other)
+    assert found.taken == kept[-1] and found.kept == len(kept) - 1 > 1
+    assert found.first is not None and found.last is not None
+    assert found.last == pytest.approx(sum(worth[n] for n in found.taken) / len(found.taken))
+    assert found.last < found.first
+
+
+def test_exchanged_documents_train_better(tmp_path: Path) -> None:
+    matching, _, documents = make_matching(tmp_path, SMALL)
+    rows, options = list(documents.values()), replace(SMALL, exchanges=12, expert_rate=1e-2)
+    budget = 0.3 * sum(len(one.ids) for one in rows)
+    found = exchange_rows(matching.model, rows, [0, 1], options, budget)
+    assert found.kept and found.last is not None and found.first is not None and found.last < found.first
+    assert 2 < len(found.taken) and sum(len(rows[one].ids) for one in found.taken) <= budget
+    assert found == exchange_rows(matching.model, rows, [0, 1], options, budget)
+    still = exchange_rows(matching.model, rows, [0, 1], replace(options, exchanges=0), budget)
+    assert still == Exchanged((0, 1))
+    whole = exchange_rows(matching.model, rows, list(range(20)), replace(options, exchanges=1), budget)
+    assert sorted(whole.taken) == list(range(20))  # nothing is left to come
+
+
 def test_samples_need_something_to_predict(tmp_path: Path) -> None:
     document = Document([1, 5, 6, 7, 8, 2], [1] * 6)
     samples = make_samples({7: document, 9: Document([1, 5], [1, 1])}, SMALL, 1)
@@ -498,8 +582,9 @@ def test_the_command_chooses_rows(flags: list[str], folder: Path) -> None:
 def test_the_command_writes_synthetic_rows_that_training_reads(folder: Path) -> None:
     out = folder / "out.jsonl"
     words = ["--method", "trajectory", "--share", 0.2, "--prompt-tokens", 2, "--steps", 3, "--rank", 1, "--experts", 1]
+    words += ["--exchanges", 2]
     code, said = run_command(folder / "model", "--text", folder / "a.jsonl", *words, "-o", out, "--quiet")
-    assert code == 0 and "marked synthetic" in said
+    assert code == 0 and "marked synthetic" in said and "after training on the chosen documents" in said
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["synthetic"] is True and row["provenance"]["model"] == "model" for row in rows)
     stream = stream_of(out)
@@ -516,6 +601,7 @@ def test_the_command_refuses_in_a_sentence(folder: Path) -> None:
     refused(start("--share", 0), "--share 0")
     refused(start("--pick", "easy"), "--pick does nothing", "--method loss")
     refused(start("--rank", 2, "--method", "loss"), "--rank does nothing")
+    refused(start("--exchanges", 2), "--exchanges does nothing")
     refused(start("--method", "gradient"), "--like FILE")
     refused(start("--method", "loss", "--pick", "odd"), "'odd'")
     refused(start("--method", "trajectory", "--prompt-tokens", 99), "--prompt-tokens")

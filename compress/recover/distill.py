@@ -18,6 +18,7 @@ from compress.recover.select import (
     take_share,
 )
 from compress.recover.trajectory import Samples, TrajectoryOptions, fits_samples, make_samples, train_expert
+from compress.recover.trajectory_exchange import exchange_rows
 from compress.recover.trajectory_learn import distil_prompts
 from compress.recover.trajectory_project import Outer, check_text, count_round_trip, write_samples
 from compress.recover.trajectory_rows import match_rows
@@ -108,8 +109,10 @@ def distil_rows(
         for number in range(options.experts)
     ]
     whole = int(stream.token_counts().sum())
-    taken = match_rows(model, list(candidates.values()), states, options, request.share * whole, report)
-    numbers = sorted(list(candidates)[place] for place in taken)
+    documents, budget = list(candidates.values()), request.share * whole
+    taken = match_rows(model, documents, states, options, budget, report)
+    better = exchange_rows(model, documents, taken, options, budget, report)
+    numbers = sorted(list(candidates)[place] for place in better.taken)
     samples = make_samples({one: candidates[one] for one in numbers}, options, len(stream.options.start))
     found = distil_prompts(model, samples, states, options, Outer(barred, check_text(samples, tokenizer), report))
     texts = write_samples(samples, found.ids, tokenizer, stream.options.end)
@@ -119,6 +122,9 @@ def distil_rows(
         "tokens": sum(samples.sizes),
         "share": sum(samples.sizes) / whole,
         "candidates": len(candidates),
+        "exchanged": better.kept,
+        "lag_matched": better.first,
+        "lag_exchanged": better.last,
         "changed": float((found.ids[:, begin:end] != samples.ids[:, begin:end]).float().mean()),
         "matching_start": found.first,
         "matching_real": found.real,

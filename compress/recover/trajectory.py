@@ -1,7 +1,8 @@
 """Text distilled by trajectory matching: prompts learned so that a few steps on them train as many steps on real text.
 
     experts     the model is trained on real documents, its parameters kept every few steps: theta*_0, theta*_1 ...
-    rows        documents whose gradients together point where the experts went (trajectory_rows.py)
+    rows        documents whose gradients together point where the experts went (trajectory_rows.py); some are
+                exchanged for others as long as that trains better (trajectory_exchange.py)
     matching    the student starts at theta*_t and takes N steps on learned prompts with real answers, to theta_N;
                 loss = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2, back through all N steps
                 + lambda * mean |E_i - nearest embedding|^2 (trajectory_learn.py)
@@ -9,8 +10,8 @@
                 text, marked synthetic
 
 The method is NACD's (arXiv 2504.09818; methods section 3). Its stages, and that only prompts are learned, are known;
-the choice of rows, the swaps, the sizes, the shape of the regulariser, its scale, the cosine by which neighbours are
-found and a learned rate for each tensor are our reconstruction, since the paper's text was not available.
+the choice of rows, the exchanges, the swaps, the sizes, the shape of the regulariser, its scale, the cosine by which
+neighbours are found and a learned rate for each tensor are our reconstruction: the paper's text was not available.
 
 Backward keeps one inner step's graph at a time: each step is run again from its stored parameters, last step first,
 and passes the gradient by its result on to its start. That is exact, and the memory does not grow with N.
@@ -18,12 +19,13 @@ and passes the gradient by its result on to its start. That is exact, and the me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.decoder import PLAIN, Kernels
 from compress.errors import UserError
 from compress.recover.data import Document
 from compress.recover.functional import TWICE, Model, embed_tokens, run_layers, stack_documents, sum_losses
@@ -46,7 +48,7 @@ class TrajectoryOptions:
     `steps`, `rate`: of the outer optimiser, the rate as a share of the embeddings' root mean square; `tempo`: its rate
     for the logarithms of the inner rates; `pull`: lambda of the nearest-neighbour regulariser;
     `swaps`: trials of other tokens at the end (None: one for four steps); `candidates`: documents among which samples
-    are chosen.
+    are chosen; `exchanges`: trials of other documents in their place, measured on `tests` documents.
     """
 
     rank: int = 4
@@ -65,13 +67,17 @@ class TrajectoryOptions:
     pull: float = 0.1
     swaps: int | None = None
     candidates: int = 1024
+    exchanges: int = 50
+    tests: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse sizes without a trajectory."""
-        least = (self.experts, self.every, self.ahead, self.inner, self.batch, self.prompt, self.steps)
+        least = (
+            self.experts, self.every, self.ahead, self.inner, self.batch, self.prompt, self.steps, self.tests,
+        )  # fmt: skip
         if min(least) < 1 or self.rank < 0:
-            raise UserError("Trajectories need at least 1 expert, step, state ahead, document and learned token.")
+            raise UserError("Trajectories need at least 1 expert, step, state ahead, document, test and learned token.")
         if self.expert_steps < self.every * self.ahead:
             raise UserError(
                 f"An expert of {self.expert_steps} steps has no state {self.every * self.ahead} steps after its start; "
@@ -151,14 +157,15 @@ def apply_theta(model: Model, theta: Mapping[str, Tensor], options: TrajectoryOp
 
 
 def mean_loss(
-    model: Model, theta: Mapping[str, Tensor], options: TrajectoryOptions, batch: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+    model: Model, theta: Mapping[str, Tensor], options: TrajectoryOptions, batch: tuple[Tensor, Tensor, Tensor],
+    kernels: Kernels = TWICE,
+) -> Tensor:  # fmt: skip
     """Return the mean cross entropy of a batch's counted tokens; `batch`: embeddings before the layers, ids, weights.
 
-    Only operations that can be differentiated twice.
+    The default `kernels` can be differentiated twice.
     """
     x, ids, weights = batch
-    last = run_layers(model, x, apply_theta(model, theta, options), kernels=TWICE)
+    last = run_layers(model, x, apply_theta(model, theta, options), kernels=kernels)
     return sum_losses(model, last, ids, weights).sum() / weights[:, 1:].sum()
 
 
@@ -169,26 +176,40 @@ def train_expert(
     model: Model, documents: Sequence[Document], options: TrajectoryOptions, seed: int, report: Report | None = None
 ) -> list[Theta]:
     """Return the parameters of a run of Adam on real documents: the first, then one every `options.every` steps."""
+    random = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(documents), (options.expert_steps, options.batch), generator=random).tolist()
+    states = []
+    for step, theta in enumerate(follow_batches(model, documents, draws, options, falls=False)):
+        if step % options.every == 0:
+            states.append(copy_theta(theta))
+        if report is not None and step:
+            report("train experts", step, options.expert_steps)
+    return states
+
+
+def follow_batches(
+    model: Model, documents: Sequence[Document], draws: Sequence[Sequence[int]], options: TrajectoryOptions, falls: bool
+) -> Iterator[Theta]:
+    """Yield the parameters before the first step of Adam and after each, which the next step changes.
+
+    `draws`: the documents of each step; `falls`: the rate goes down, in a line, to nothing.
+    """
     theta = start_theta(model, options)
     leaves = [tensor.requires_grad_() for tensor in theta.values()]
     optimizer = torch.optim.Adam(leaves, lr=options.expert_rate)
-    random = torch.Generator().manual_seed(seed)
-    states = [copy_theta(theta)]
-    for step in range(1, options.expert_steps + 1):
-        chosen = torch.randint(len(documents), (options.batch,), generator=random).tolist()
+    yield theta
+    for step, chosen in enumerate(draws):
         ids, weights = stack_documents([documents[number] for number in chosen])
         weights[:, 0] = 0
         with torch.enable_grad():
-            loss = mean_loss(model, theta, options, (embed_tokens(model, ids), ids, weights.to(leaves[0].dtype)))
+            batch = (embed_tokens(model, ids), ids, weights.to(leaves[0].dtype))
+            loss = mean_loss(model, theta, options, batch, PLAIN)  # fused: several times as fast on long texts
             gradients = torch.autograd.grad(loss, leaves)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
+        optimizer.param_groups[0]["lr"] = options.expert_rate * (1 - falls * step / len(draws))
         optimizer.step()
-        if step % options.every == 0:
-            states.append(copy_theta(theta))
-        if report is not None:
-            report("train experts", step, options.expert_steps)
-    return states
+        yield theta
 
 
 def copy_theta(theta: Mapping[str, Tensor]) -> Theta:
@@ -240,7 +261,7 @@ def differentiate_inner(
     """Return the gradients of the inner loss by the parameters; `twice` keeps their graph."""
     with torch.enable_grad():
         leaves = theta if twice else {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
-        loss = mean_loss(model, leaves, options, batch)
+        loss = mean_loss(model, leaves, options, batch, TWICE if twice else PLAIN)
         return torch.autograd.grad(loss, list(leaves.values()), create_graph=twice)
 
 
