@@ -230,7 +230,8 @@ def describe_exchanges(facts: Mapping[str, Any]) -> str:
     """Return how far exchanges of documents have led, as a line; nothing where none was tried."""
     if facts["lag_matched"] is None:
         return ""
+    count = facts["exchanged"]
     return (
         f"Loss on other real text after training on the chosen documents: {facts['lag_matched']:.3f}, and "
-        f"{facts['lag_exchanged']:.3f} after {facts['exchanged']} exchanges.\n"
+        f"{facts['lag_exchanged']:.3f} after {count} exchange{'' if count == 1 else 's'}.\n"
     )
