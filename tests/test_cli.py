@@ -17,7 +17,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from typer.testing import CliRunner
-from words import write_tokenizer, write_words
+from words import write_tokenizer
 
 from cli.app import VERBS, app
 from cli.console import Console, PlainMeter, align_table
@@ -44,11 +44,6 @@ SMALL = ("--windows", "6", "--length", "24", "--threads", "1")
 PLAIN = (*SMALL, "--trials", "0")
 FAST = (*PLAIN, "--refine", "0")
 LEAN = ("--no-export", "--no-verify", "--no-bench")
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,7 @@ import typer
 from made_findings import make_findings, make_spec
 from refusals import refused
 from test_cli import ENVIRONMENT, ROOT, copy_model
-from tiny import make_checkpoint
 from typer.testing import CliRunner
-from words import write_tokenizer, write_words
 
 import cli.frontier_plans
 import cli.frontier_proof
@@ -173,18 +171,6 @@ def test_levels_are_spread_evenly():
 
 
 # Whole comparisons
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama", head_dim=16, intermediate_size=128)
-    write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

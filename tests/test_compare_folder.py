@@ -9,8 +9,6 @@ import pytest
 from refusals import refused
 from test_cli import ENVIRONMENT, ROOT
 from test_compare import ask, leave_out_times, run_verb
-from tiny import make_checkpoint
-from words import write_tokenizer, write_words
 
 import cli.frontier_plans
 import cli.frontier_points
@@ -26,18 +24,6 @@ from compress.report import DIFFERENT, Proof, make_plain
 
 QUIET = Console(quiet=True)
 SMALL = ("--windows", 6, "--length", 24, "--refine", 0, "--axes", "ffn", "--samples", 0, "--profile", "cpu-avx2")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama", head_dim=16, intermediate_size=128)
-    write_tokenizer(folder)
-    return folder
 
 
 def few(model, text, folder, *keep, **changes):

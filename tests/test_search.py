@@ -13,8 +13,6 @@ import pytest
 from refusals import refused
 from test_cli import ENVIRONMENT, ROOT
 from test_compare import PROFILES, ask, leave_out_times, run_verb
-from tiny import make_checkpoint
-from words import write_tokenizer, write_words
 
 import cli.frontier_place as place
 import cli.frontier_search as search
@@ -34,18 +32,6 @@ QUIET = Console(quiet=True)
 with_optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None, reason="needs Optuna: pip install 'lightpress[search]'"
 )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama", head_dim=16, intermediate_size=128)
-    write_tokenizer(folder)
-    return folder
 
 
 def seek(model, text, folder, **changes):
